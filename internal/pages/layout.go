@@ -144,8 +144,8 @@ func (l *Layout) Locate(i Index) (block int, offset uint64) {
 	if uint64(i) >= l.Pages() {
 		return -1, 0
 	}
-	// The last block that starts at or before i; blocks without pages share the
-	// start of their successor and are never the last.
+	// The last block that starts at or before i. It has pages: a block without shares
+	// its start with the next one, and at the end that start is past i.
 	lo, hi := 0, len(l.blocks)-1
 	for lo < hi {
 		mid := int(uint(lo+hi+1) / 2)
@@ -154,9 +154,6 @@ func (l *Layout) Locate(i Index) (block int, offset uint64) {
 		} else {
 			hi = mid - 1
 		}
-	}
-	for l.starts[lo+1] == l.starts[lo] {
-		lo--
 	}
 	return lo, uint64(i-l.starts[lo]) * Size
 }

@@ -15,7 +15,6 @@ var ErrVersions = errors.New("the versions of a page are used up")
 // Ledger is the source's record of the versions it gave out. A version of a page is
 // given to data once at most, so that it can serve as a nonce.
 type Ledger struct {
-	layout *Layout
 	// newest has the pages whose newest version exists as data or as zero page. A
 	// page outside it was never sent (version 0) or was discarded since (version
 	// above 0, which no data has used yet).
@@ -25,7 +24,7 @@ type Ledger struct {
 
 // NewLedger returns the ledger of a VM of which nothing was sent.
 func NewLedger(l *Layout) *Ledger {
-	return &Ledger{layout: l, newest: NewBitmap(l.Pages()), versions: newVersions(l.Pages())}
+	return &Ledger{newest: NewBitmap(l.Pages()), versions: newVersions(l.Pages())}
 }
 
 // Precopy gives a version to a page that the source QEMU sends before the switch. The
@@ -54,8 +53,9 @@ func (g *Ledger) Precopy(i Index) (Version, error) {
 // Discard notes that the source QEMU discarded n pages from first, since they were
 // dirtied after they were sent. Those that were sent get a new version that no data
 // has yet, and emit is told so in records with the holder Absent, joined into runs.
-// Pages never sent, or discarded before, stay as they are. The error wraps ErrRange
-// and comes before anything is emitted.
+// Pages never sent, or discarded before, stay as they are. The error wraps ErrRange,
+// and then nothing happened, or ErrVersions when a page sent after the switch in the
+// very last version is discarded, which QEMU never does; pages before it are done.
 func (g *Ledger) Discard(first Index, n uint64, emit func(Record)) error {
 	if uint64(first) > g.newest.Len() || n > g.newest.Len()-uint64(first) {
 		return fmt.Errorf("discard of %d pages from page %d of %d: %w", n, first, g.newest.Len(), ErrRange)
@@ -65,23 +65,26 @@ func (g *Ledger) Discard(first Index, n uint64, emit func(Record)) error {
 	for i, ok := g.newest.NextSet(first); ok && i < end; i, ok = g.newest.NextSet(i + 1) {
 		v := g.versions.at(i) + 1
 		if v == 0 {
+			run.flush(emit)
 			return fmt.Errorf("discard of page %d: %w", i, ErrVersions)
 		}
 		g.versions.put(i, v)
 		g.newest.Clear(i)
-		if run.Count > 0 && i == run.First+Index(run.Count) && v == run.Version && run.Count < math.MaxUint32 {
+		if i == run.First+Index(run.Count) && v == run.Version && run.Count < math.MaxUint32 {
 			run.Count++
 			continue
 		}
-		if run.Count > 0 {
-			emit(run)
-		}
+		run.flush(emit)
 		run = Record{First: i, Count: 1, Holder: Absent, Version: v}
 	}
-	if run.Count > 0 {
-		emit(run)
-	}
+	run.flush(emit)
 	return nil
+}
+
+func (r *Record) flush(emit func(Record)) {
+	if r.Count > 0 {
+		emit(*r)
+	}
 }
 
 // Postcopy gives a version to a page that the source QEMU sends after the switch.

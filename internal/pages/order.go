@@ -43,23 +43,26 @@ func (o *Order) Fault(i Index) {
 	if n == 0 {
 		return
 	}
-	slot := len(o.pivots)
-	for k, p := range o.pivots {
-		if i-p < mergePages || p-i < mergePages { // one of the two wraps around
-			slot = k
-			break
-		}
-	}
-	if slot == len(o.pivots) {
-		if slot < o.limit {
-			o.pivots = o.pivots[:slot+1]
-		} else {
-			slot--
-		}
+	slot := o.near(i, Index(max(mergePages, n+1)))
+	if slot == o.limit {
+		slot-- // the oldest goes
+	} else if slot == len(o.pivots) {
+		o.pivots = o.pivots[:slot+1]
 	}
 	copy(o.pivots[1:slot+1], o.pivots[:slot])
 	o.pivots[0] = i
 	o.turn = 0
+}
+
+// near returns the slot of a pivot closer to i than that, or else the slot after the
+// last pivot.
+func (o *Order) near(i, distance Index) int {
+	for slot, p := range o.pivots {
+		if i-p < distance || p-i < distance { // one of the two wraps around
+			return slot
+		}
+	}
+	return len(o.pivots)
 }
 
 // Next returns the next run of pages to fetch: up to max pages, all of them in ready

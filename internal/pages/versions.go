@@ -29,19 +29,26 @@ func (v *versions) at(i Index) Version {
 	return 0
 }
 
-// add gives chunk c memory, which is zeroed and has room for chunkPages versions.
+// put stores a version, in new heap memory where none was.
+func (v *versions) put(i Index, version Version) {
+	if c := i / chunkPages; v.chunks[c] == nil {
+		v.add(uint64(c), make([]Version, chunkPages))
+	}
+	v.write(i, version)
+}
+
+// add gives chunk c its memory: zeroed, and for chunkPages versions.
 func (v *versions) add(c uint64, memory []Version) {
 	v.chunks[c] = memory
 	v.used++
 }
 
-// put stores a version, in new heap memory where none was.
-func (v *versions) put(i Index, version Version) {
-	c := uint64(i / chunkPages)
-	if v.chunks[c] == nil {
-		v.add(c, make([]Version, chunkPages))
-	}
-	v.chunks[c][i%chunkPages] = version
+// write stores a version in a chunk that exists. It is a real call, so that the
+// compiler joins no stores across it; see Map.supersede.
+//
+//go:noinline
+func (v *versions) write(i Index, version Version) {
+	v.chunks[i/chunkPages][i%chunkPages] = version
 }
 
 func (v *versions) bytes() uint64 { return v.used*chunkBytes + 24*uint64(len(v.chunks)) }
