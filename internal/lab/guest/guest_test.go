@@ -13,7 +13,7 @@ func TestPatternTellsEveryGenerationApart(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		p := Pattern{Seed: rapid.Uint64().Draw(t, "seed"), Mix: DefaultMix}
 		page := rapid.Uint32().Draw(t, "page")
-		generation := rapid.Uint32Max(1 << 30).Draw(t, "generation")
+		generation := rapid.Uint32Max(1<<30).Draw(t, "generation")
 		var got Page
 		p.Fill(&got, page, generation)
 		if word, want := p.Check(&got, page, generation); word >= 0 {
