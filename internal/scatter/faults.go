@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scatter
+
+import (
+	"fmt"
+	"sync"
+
+	"scattergather.io/scattergather/internal/pages"
+	"scattergather.io/scattergather/internal/wire"
+)
+
+// urgentLane carries pages that the destination's guest waits for. It has no window:
+// such a page goes at once. All of it is guarded by Engine.mu.
+type urgentLane struct {
+	queue []*flight
+	lane  laneState
+	wake  *sync.Cond
+	bytes uint64
+}
+
+// detach returns the lane's flights to its queue, for the next connection.
+func (u *urgentLane) detach() {
+	u.queue = append(u.lane.flights, u.queue...)
+	u.lane = laneState{}
+}
+
+// slot returns a flight with room for one page: the last one in the queue, or a new
+// one, or nil when too many are under way.
+func (e *Engine) slot() *flight {
+	if n := len(e.urgent.queue); n > 0 && !e.urgent.queue[n-1].batch.Full() {
+		return e.urgent.queue[n-1]
+	}
+	f := e.pool.take(e.maxFlights + settleSpill + urgentFlights)
+	if f != nil {
+		e.urgent.queue = append(e.urgent.queue, f)
+	}
+	return f
+}
+
+// express sends a page that just came from QEMU on the urgent lane alone. It returns
+// false when that lane is full; the page then goes the ordinary way. The caller holds
+// e.mu.
+func (e *Engine) express(i pages.Index, v pages.Version, data []byte) bool {
+	e.wanted.Clear(i)
+	f := e.slot()
+	if f == nil {
+		return false
+	}
+	f.batch.Append(e.sealer, i, v, wire.EncodingRaw, data)
+	e.urge(f, i, v, len(data)+wire.Overhead)
+	return true
+}
+
+// repeat sends a copy of a page of a flight on the urgent lane; the flight goes on as
+// it was. It does nothing when that lane is full. The caller holds e.mu.
+func (e *Engine) repeat(from *flight, p pageRef) {
+	var sealed []byte
+	var desc wire.Desc
+	_ = from.batch.Each(func(d wire.Desc, s []byte) error {
+		if d.Index == p.index {
+			desc, sealed = d, s
+		}
+		return nil
+	})
+	f := e.slot()
+	if f == nil || sealed == nil {
+		return
+	}
+	f.batch.AppendSealed(desc, sealed)
+	e.urge(f, p.index, p.version, len(sealed))
+	e.counts.Repeated++
+}
+
+func (e *Engine) urge(f *flight, i pages.Index, v pages.Version, sealed int) {
+	f.add(i, v, sealed)
+	e.holders[0].used += uint64(sealed)
+	e.urgent.wake.Signal()
+}
+
+// catchWanted looks for pages in a batch that were asked for while it was being
+// filled. The caller holds e.mu.
+func (e *Engine) catchWanted(f *flight) {
+	if e.wanted.Count() == 0 {
+		return
+	}
+	for _, p := range f.pages() {
+		if e.wanted.Test(p.index) {
+			e.wanted.Clear(p.index)
+			e.repeat(f, p)
+		}
+	}
+}
+
+// want serves pages that the destination's guest waits for. Where a page is decides:
+// safe pages are at the destination or their record is on its way there; a page under
+// way is sent again on the urgent lane; a page in an open batch is caught when the
+// batch is placed; any other is asked of QEMU, in whole host pages.
+func (e *Engine) want(list []pages.Index) error {
+	var units []pages.Index
+	e.mu.Lock()
+	for _, i := range list {
+		if uint64(i) >= e.layout.Pages() {
+			e.mu.Unlock()
+			return fmt.Errorf("%w: page %d of %d is wanted", wire.ErrProtocol, i, e.layout.Pages())
+		}
+		if !e.handed || e.wanted.Test(i) || e.safe.Test(i) {
+			continue
+		}
+		e.counts.Wanted++
+		if f, p, ok := e.underWay(i); ok {
+			if f != nil {
+				e.repeat(f, p)
+			}
+			continue
+		}
+		e.wanted.Set(i)
+		if unsent, ok := e.ledger.NextUnsent(i); ok && unsent == i && !e.drained {
+			e.counts.Fetched++
+			unit, _ := e.layout.Unit(i)
+			if n := len(units); n == 0 || units[n-1] != unit {
+				units = append(units, unit)
+			}
+		}
+	}
+	e.room.Broadcast() // the backlog may be longer now
+	e.mu.Unlock()
+	return e.source.request(e.layout, units)
+}
+
+// underWay looks for the newest version of a page among all flights. The flight is nil
+// when the urgent lane has it already. The caller holds e.mu.
+func (e *Engine) underWay(i pages.Index) (f *flight, p pageRef, ok bool) {
+	if _, _, ok = e.search(i, e.urgent.queue, e.urgent.lane.flights); ok {
+		return nil, p, true
+	}
+	if f, p, ok = e.search(i, e.backlog); ok {
+		return f, p, true
+	}
+	for _, h := range e.holders {
+		if f, p, ok = e.search(i, h.queue); ok {
+			return f, p, true
+		}
+		for l := range h.lanes {
+			if f, p, ok = e.search(i, h.lanes[l].flights); ok {
+				return f, p, true
+			}
+		}
+	}
+	return nil, p, false
+}
+
+func (e *Engine) search(i pages.Index, lists ...[]*flight) (*flight, pageRef, bool) {
+	for _, list := range lists {
+		for _, f := range list {
+			for _, p := range f.pages() {
+				if p.index == i && e.ledger.Current(i, p.version) {
+					return f, p, true
+				}
+			}
+		}
+	}
+	return nil, pageRef{}, false
+}
+
+// answerUrgent takes the answer to a batch of the urgent lane, or a Want.
+func (l *link) answerUrgent(f *wire.Frame, scratch *[]pages.Index) error {
+	e := l.e
+	switch f.Type {
+	case wire.TypeWant:
+		list, err := wire.ParseWant((*scratch)[:0], f.Body)
+		if err != nil {
+			return err
+		}
+		*scratch = list
+		return e.want(list)
+	case wire.TypeAck, wire.TypeNack:
+	default:
+		return unexpected(f)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	st := &e.urgent.lane
+	fl := st.find(f.Seq)
+	switch {
+	case fl == nil:
+		return fmt.Errorf("%w: answer to frame %d, which is not under way", wire.ErrProtocol, f.Seq)
+	case f.Type == wire.TypeAck:
+		e.landed(fl, pages.Local)
+		e.recycle(st, fl)
+	case st.sending == fl:
+		fl.verdict = refused
+	default:
+		// The destination has no room: another holder may, and then it reads there.
+		e.replace([]*flight{fl})
+	}
+	return nil
+}

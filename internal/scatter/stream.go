@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scatter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"scattergather.io/scattergather/internal/pages"
+	"scattergather.io/scattergather/internal/qemu"
+	"scattergather.io/scattergather/internal/wire"
+)
+
+// wrapPing is the PING that ends the package made of a pre-copy tail; stock QEMU uses
+// the same value there (migration/migration.c, postcopy_start).
+const wrapPing = 3
+
+// readSource accepts the source QEMU and reads its main stream to the end.
+func (e *Engine) readSource() {
+	src, err := e.acceptSource()
+	if err != nil {
+		e.fail(err)
+		return
+	}
+	e.mu.Lock()
+	e.source = src
+	e.mu.Unlock()
+	stop := context.AfterFunc(e.ctx, func() { src.halt(context.Cause(e.ctx)) })
+	defer stop()
+	err = e.readMain(src)
+	if err == nil || e.ctx.Err() != nil {
+		return
+	}
+	e.mu.Lock()
+	handed := e.handed
+	e.mu.Unlock()
+	if handed {
+		e.stall(fmt.Sprintf("the source QEMU's stream broke, pages that only it has are out of reach: %v", err))
+		return
+	}
+	e.fail(err)
+}
+
+func (e *Engine) acceptSource() (*source, error) {
+	ctx, cancel := context.WithTimeout(e.ctx, e.cfg.AcceptTimeout)
+	defer cancel()
+	c, err := e.cfg.Accept(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("waiting for the source QEMU to connect: %w", err)
+	}
+	return newSource(c), nil
+}
+
+// reader is the state of reading the main stream.
+type reader struct {
+	e    *Engine
+	src  *source
+	dec  *qemu.Decoder
+	feed *feeder
+}
+
+func (e *Engine) readMain(src *source) error {
+	feed := &feeder{e: e}
+	r := &reader{e: e, src: src, feed: feed, dec: qemu.NewDecoder(&tap{src: src, feed: feed},
+		qemu.DecoderOptions{Multifd: e.cfg.MultifdChannels > 0})}
+	var ev qemu.Event
+	for {
+		if err := r.dec.Next(&ev); err != nil {
+			return fmt.Errorf("reading the source QEMU: %w", err)
+		}
+		if err := r.event(&ev); err != nil {
+			return err
+		}
+		if ev.Kind == qemu.EventEnd {
+			return r.end()
+		}
+	}
+}
+
+// event acts on one event of the stream.
+func (r *reader) event(ev *qemu.Event) error {
+	switch ev.Kind {
+	case qemu.EventPage, qemu.EventZero:
+		i, err := r.e.layout.Index(ev.Block, ev.Offset)
+		if err != nil {
+			return fmt.Errorf("page of the source QEMU: %w", err)
+		}
+		if ev.Kind == qemu.EventZero {
+			return r.feed.zero(i)
+		}
+		return r.feed.page(i, ev.Data)
+	case qemu.EventCommand:
+		return r.command(ev)
+	case qemu.EventRAMStart:
+		return r.begin()
+	case qemu.EventPackage:
+		pings, err := qemu.PackagePings(ev.Payload)
+		if err != nil {
+			return err
+		}
+		return r.handOver(slices.Clone(ev.Payload), pings)
+	case qemu.EventTail:
+		return r.handOver(qemu.WrapTail(ev.Payload, wrapPing), nil)
+	}
+	return nil
+}
+
+func (r *reader) command(ev *qemu.Event) error {
+	switch ev.Command {
+	case qemu.CommandOpenReturnPath:
+		r.src.mu.Lock()
+		r.src.returnPath = true
+		r.src.mu.Unlock()
+	case qemu.CommandPing:
+		return r.src.pong(ev.Ping)
+	case qemu.CommandPostcopyDiscard:
+		for _, g := range ev.Ranges {
+			first, err := r.e.layout.Index(ev.Block, g.Start)
+			if err != nil {
+				return fmt.Errorf("discard of the source QEMU: %w", err)
+			}
+			if err := r.e.discard(first, g.Length/pageBytes); err != nil {
+				return err
+			}
+		}
+	case qemu.CommandEnableCOLO, qemu.CommandPostcopyResume, qemu.CommandRecvBitmap:
+		return fmt.Errorf("%v from the source QEMU: %w", ev.Command, qemu.ErrUnsupported)
+	}
+	// ADVISE is in Decoder.Setup; SWITCHOVER_START tells nothing that the package
+	// does not tell, and a destination of an older QEMU would reject it.
+	return nil
+}
+
+// begin offers the VM to the destination and waits for its QEMU to accept it. Nothing
+// but the setup leaves before that.
+func (r *reader) begin() error {
+	e, s := r.e, r.dec.Setup()
+	blocks := slices.Clone(s.RAM.Blocks)
+	for i := range blocks {
+		if size := e.cfg.PageSizes[blocks[i].Name]; size != 0 && !s.Postcopy {
+			blocks[i].PageSize = size
+		}
+	}
+	layout, err := pages.NewLayout(blocks)
+	if err != nil {
+		return fmt.Errorf("RAM of the source QEMU: %w", err)
+	}
+	e.mu.Lock()
+	e.layout, e.ledger = layout, pages.NewLedger(layout)
+	e.safe, e.wanted = pages.NewBitmap(layout.Pages()), pages.NewBitmap(layout.Pages())
+	e.result.Started = time.Now()
+	e.enter(Preparing)
+	e.post(e.setup(s, blocks))
+	e.mu.Unlock()
+
+	ctx, cancel := context.WithTimeoutCause(e.ctx, e.cfg.ReadyTimeout,
+		fmt.Errorf("the destination's QEMU was not ready within %v", e.cfg.ReadyTimeout))
+	defer cancel()
+	if err := e.wait(ctx, func() bool { return e.ready }); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.enter(Precopy)
+	e.post(&wire.State{Phase: wire.PhasePrecopy})
+	if !s.Postcopy {
+		e.log.Info("The source QEMU has postcopy-ram off: the guest moves when QEMU's pre-copy has converged")
+		e.converges = true
+	} else if e.cfg.Strategy == Immediate {
+		e.switchOver()
+	}
+	return nil
+}
+
+// setup is what the destination must know before the first page.
+func (e *Engine) setup(s *qemu.Setup, blocks []pages.Block) *wire.Setup {
+	m := &wire.Setup{
+		Key: e.key, Strategy: e.cfg.Strategy.String(), Machine: s.Machine,
+		Config: slices.Clone(s.Config), Early: slices.Clone(s.Early),
+		Section: s.RAM.Section, Instance: s.RAM.Instance, Version: s.RAM.Version, Blocks: blocks,
+	}
+	for _, h := range e.holders[1:] {
+		m.Holders = append(m.Holders, wire.Holder{
+			Name: h.peer.Name, Addr: h.peer.Address, Identity: h.peer.Identity, Session: h.session,
+		})
+	}
+	return m
+}
+
+// switchOver asks the hypervisor for the switch, once. The caller holds e.mu.
+func (e *Engine) switchOver() {
+	if e.switched || e.converges {
+		return
+	}
+	e.switched = true
+	e.enter(Switching)
+	e.wg.Go(func() {
+		err := e.cfg.Switch(e.ctx)
+		if err == nil {
+			return
+		}
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if !e.handed && e.failure == nil {
+			e.failure = fmt.Errorf("asking the hypervisor to switch to post-copy: %w", err)
+			e.broadcast()
+		}
+	})
+}
+
+// handOver gives the device state to the destination. Until now every failure was
+// rolled back; from now on there is no way back.
+func (r *reader) handOver(pkg []byte, pings []uint32) error {
+	if err := r.feed.flush(false); err != nil {
+		return err
+	}
+	e := r.e
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.failure != nil {
+		return e.failure
+	}
+	if e.condemned != nil {
+		e.stalled = e.condemned.Error()
+		e.condemned = nil
+	}
+	e.handed, e.pings = true, pings
+	e.result.Switched, e.result.PackageBytes = time.Now(), len(pkg)
+	e.enter(Scattering)
+	e.post(&wire.State{Phase: wire.PhaseSwitched})
+	for at := 0; at < len(pkg); at += wire.MaxPackageChunk {
+		e.post(&wire.Package{
+			Total: uint64(len(pkg)), Offset: uint64(at),
+			Data: pkg[at:min(at+wire.MaxPackageChunk, len(pkg))],
+		})
+	}
+	return nil
+}
+
+// end closes the books when QEMU has sent everything.
+func (r *reader) end() error {
+	e := r.e
+	if !e.handed {
+		return errors.New("the source QEMU's stream ended without device state")
+	}
+	if err := r.feed.flush(true); err != nil {
+		return err
+	}
+	if err := e.finishUnsent(); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.drained = true
+	e.result.StreamBytes = r.dec.Offset()
+	e.enter(Draining)
+	e.post(&wire.State{Phase: wire.PhaseDrained})
+	return nil
+}
