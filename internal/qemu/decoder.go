@@ -135,10 +135,10 @@ func (d *Decoder) Next(ev *Event) error {
 // explain gives an error its place in the stream. An end of the stream is
 // io.EOF only where the stream may end.
 func (d *Decoder) explain(err error, at uint64) error {
-	if err == io.EOF {
-		if d.stage == stageDone {
-			return io.EOF
-		}
+	if err == io.EOF && d.stage == stageDone {
+		return err
+	}
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	if errors.Is(err, io.ErrUnexpectedEOF) {

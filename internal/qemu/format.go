@@ -43,8 +43,6 @@ const (
 	maxMachine      = 1 << 10  // bytes of a machine type's name
 	maxSubsections  = 16       // of the configuration
 	maxCapabilities = 64       // in the configuration
-	maxBlocks       = 4096     // of the RAM section
-	maxRAM          = 64 << 40 // bytes of all blocks
 	maxEarlyBytes   = 16 << 20 // device state in the set-up phase
 	maxStartFlushes = 16       // MULTIFD_FLUSH records behind the block table
 	maxPackagePings = 16       // PINGs at the end of a package

@@ -2,13 +2,7 @@
 
 package qemu
 
-import (
-	"errors"
-	"fmt"
-	"io"
-
-	"scattergather.io/scattergather/internal/pages"
-)
+import "fmt"
 
 // RPType is the type of a return-path message, from the destination to the
 // source (QEMU migration/migration.h, enum mig_rp_message_type).
@@ -51,22 +45,6 @@ type RPMessage struct {
 	// until the next call of Next.
 	Bitmap []byte
 }
-
-// RPDecoder reads the return path of a destination QEMU. It is not safe for
-// concurrent use and reads no further than it must.
-type RPDecoder struct {
-	r      io.Reader
-	blocks []pages.Block
-}
-
-// NewRPDecoder returns a decoder of the return path r for a destination with
-// these blocks, in the order of the block indices it returns.
-func NewRPDecoder(r io.Reader, blocks []pages.Block) *RPDecoder { return &RPDecoder{r, blocks} }
-
-// Next reads the next message. It returns io.EOF when the peer closed between
-// two messages, and an error that wraps io.ErrUnexpectedEOF within one. Other
-// errors are final.
-func (d *RPDecoder) Next(m *RPMessage) error { return errors.New("not written yet") }
 
 // AppendShut appends SHUT; a status of 0 tells the source that all went well.
 func AppendShut(dst []byte, status uint32) []byte { return appendRPValue(dst, RPShut, status) }

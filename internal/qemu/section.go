@@ -5,6 +5,8 @@ package qemu
 import (
 	"fmt"
 	"strings"
+
+	"scattergather.io/scattergather/internal/pages"
 )
 
 // virtioMemEarly is the only device state QEMU sends before the memory
@@ -40,7 +42,7 @@ func (d *Decoder) early() error {
 		return err
 	}
 	region, block := be.Uint64(p[8:]), be.Uint64(p[16:])
-	if block == 0 || region%block != 0 || region > maxRAM {
+	if block == 0 || region%block != 0 || region > pages.MaxBytes {
 		return fmt.Errorf("section %q: a region of %d bytes in blocks of %d", name, region, block)
 	}
 	words := (region/block + 63) / 64

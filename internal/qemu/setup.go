@@ -158,7 +158,7 @@ func (d *Decoder) ramStart() error {
 		return err
 	}
 	total := header &^ (pages.Size - 1)
-	if header&(pages.Size-1) != flagMemSize || total == 0 || total > maxRAM {
+	if header&(pages.Size-1) != flagMemSize || total == 0 || total > pages.MaxBytes {
 		return fmt.Errorf("RAM section begins with %#x instead of the memory's size", header)
 	}
 	for total > 0 {
@@ -209,8 +209,8 @@ func (d *Decoder) ramBlock(left uint64) (uint64, error) {
 	if b.Length == 0 || !aligned(b.Length) || b.Length > left {
 		return 0, fmt.Errorf("block %q of %d bytes, with %d left of the total", b.Name, b.Length, left)
 	}
-	if _, ok := d.blocks[b.Name]; ok || len(ram.Blocks) == maxBlocks {
-		return 0, fmt.Errorf("block %q twice, or more than %d blocks", b.Name, maxBlocks)
+	if _, ok := d.blocks[b.Name]; ok || len(ram.Blocks) == pages.MaxBlocks {
+		return 0, fmt.Errorf("block %q twice, or more than %d blocks", b.Name, pages.MaxBlocks)
 	}
 	if d.setup.Postcopy {
 		if b.PageSize, err = d.pageSize(); err != nil {
