@@ -288,10 +288,10 @@ func (d *Decoder) name() ([]byte, error) {
 	return p, nil
 }
 
-// printable says whether p can be a name of QEMU's: not empty, ASCII, no space.
+// printable says whether p can be a name of QEMU's: printable ASCII, not empty.
 func printable(p []byte) bool {
 	for _, c := range p {
-		if c <= ' ' || c > '~' {
+		if c < ' ' || c > '~' {
 			return false
 		}
 	}

@@ -48,8 +48,9 @@ type summary struct {
 	Pings    []uint32 // in the package
 	Ending   string   // kinds of the events behind the last section, and how often
 	Flushes  int
-	Seen     int // distinct pages
-	Resent   int // pages behind the package; they must be those discarded
+	Flushing bool // Setup.MultifdFlush
+	Seen     int  // distinct pages
+	Resent   int  // pages behind the package; they must be those discarded
 }
 
 type pageAt struct {
@@ -119,7 +120,7 @@ func summarise(tb testing.TB, d *qemu.Decoder) summary {
 	}
 	setup := d.Setup()
 	s.Machine, s.Blocks, s.Postcopy = setup.Machine, setup.RAM.Blocks, setup.Postcopy
-	s.Early, s.Seen = len(setup.Early), len(s.seen)
+	s.Early, s.Seen, s.Flushing = len(setup.Early), len(s.seen), setup.MultifdFlush
 	s.Commands = strings.TrimSpace(s.Commands)
 	s.Ending = strings.TrimSpace(s.Ending)
 	return s.summary
@@ -172,7 +173,7 @@ func wantRecorded() map[string]summary {
 		"postcopy-virtio-mem-7.2":  postcopy(withVMem, advised+switched, 0, 594, 593),
 		"postcopy-virtio-mem-10.0": postcopy(withVMem, advised+start+switched, 99, 594, 532),
 		"multifd-7.2":              multifd,
-		"multifd-10.0":             {Blocks: plain, Commands: start, Ending: tailEnds, Flushes: 4},
+		"multifd-10.0":             {Blocks: plain, Commands: start, Ending: tailEnds, Flushes: 4, Flushing: true},
 		"multifd-old-sync-10.0":    multifd,
 	}
 }

@@ -263,5 +263,6 @@ func (d *Decoder) ramStartEnd() error {
 			return fmt.Errorf("more than %d MULTIFD_FLUSH records behind the block table", maxStartFlushes)
 		}
 		d.flushes++
+		d.setup.MultifdFlush = true
 	}
 }

@@ -29,19 +29,21 @@ const (
 	EventCommand
 	// EventRAMStart: the set-up phase is over, Decoder.Setup is complete. It is
 	// delivered when the item behind the set-up has begun to arrive, which a
-	// source sends without waiting for anybody.
+	// source sends without waiting for anybody. With multifd and without
+	// Setup.MultifdFlush it is a synchronisation point.
 	EventRAMStart
 	// EventPage: a page with data. Event.Block, Offset and Data are set.
 	EventPage
 	// EventZero: a page of zeros. Event.Block and Offset are set.
 	EventZero
 	// EventSectionEnd: a PART of the RAM section ended (EOS record and footer).
-	// With multifd and a machine type up to 8.0 it is a synchronisation point.
+	// With multifd and without Setup.MultifdFlush it is a synchronisation point.
 	EventSectionEnd
 	// EventFlush: a MULTIFD_FLUSH record: whatever was sent on the multifd
 	// channels before their next SYNC packet comes before what follows here.
 	EventFlush
-	// EventRAMEnd: the END of the RAM section (EOS record and footer).
+	// EventRAMEnd: the END of the RAM section (EOS record and footer); a
+	// synchronisation point as EventSectionEnd is.
 	EventRAMEnd
 	// EventPackage: a PACKAGED command; Event.Payload is the package.
 	EventPackage
@@ -143,6 +145,10 @@ type Setup struct {
 	// POSTCOPY_ADVISE). Only then are the blocks' page sizes known from the
 	// stream; else they are pages.Size and the truth must come from elsewhere.
 	Postcopy bool
+	// MultifdFlush is true if the source marks multifd synchronisation points by
+	// MULTIFD_FLUSH records (EventFlush), false if each EOS record is one, as
+	// with machine types up to 8.0. Without multifd it is false.
+	MultifdFlush bool
 	// RAM is the START of the RAM section.
 	RAM RAMStart
 	// Early holds, verbatim with header and footer, the device-state sections
