@@ -3,129 +3,191 @@
 package wire
 
 import (
-	"context"
-	"errors"
+	"bufio"
 	"net"
+	"slices"
+	"sync"
 	"time"
-
-	"github.com/go-logr/logr"
 )
 
-var errSkeleton = errors.New("not built yet")
-
-// Options configure both Dial and Listen. Zero values mean the defaults.
-type Options struct {
-	// Credentials prove this node and say whom to trust. It is asked at every
-	// handshake, so what it returns may change while connections live. Required.
-	Credentials CredentialsFunc
-	// Lanes is the number of bulk lanes that Dial opens, 1 to MaxLanes. Default 2.
-	Lanes int
-	// MaxConns bounds the connections that a Listener keeps, complete or not.
-	// Default 1024.
-	MaxConns int
-	// HandshakeTimeout bounds the way from a TCP connection to a complete
-	// connection set. Default 10 s.
-	HandshakeTimeout time.Duration
-	// IdleTimeout is how long a peer may be silent, or take no data, before it is
-	// held dead. Default 30 s. Idle lanes are pinged at a third of it.
-	IdleTimeout time.Duration
-	// Log receives what a Listener cannot return: connections that were refused.
-	Log logr.Logger
-	// Software is this side's name and version for the peer's logs, such as
-	// "agent 0.3.1".
-	Software string
-	// Dialer opens TCP connections; nil means net.Dialer. Tests and the lab bind
-	// to addresses with it.
-	Dialer func(ctx context.Context, network, addr string) (net.Conn, error)
-}
-
-// Dial opens all lanes of a connection for one migration to the agent at addr
-// ("host:port"). It fails with ErrPeer unless that agent proves to be peer. Errors of
-// the peer are *Error.
-func Dial(ctx context.Context, o Options, addr string, peer Identity, role Role, id MigrationID) (*Conn, error) {
-	return nil, errSkeleton
-}
-
-// Listener accepts connections of other agents.
-type Listener struct{}
-
-// Listen listens on addr ("host:port", TCP). Close must be called.
-func Listen(addr string, o Options) (*Listener, error) { return nil, errSkeleton }
-
-// Accept returns the next connection whose lanes are all open. It returns ErrClosed
-// after Close.
-func (l *Listener) Accept(ctx context.Context) (*Conn, error) { return nil, errSkeleton }
-
-// Addr returns the address that the listener is bound to.
-func (l *Listener) Addr() net.Addr { return nil }
-
-// Close stops listening and drops the connections that were not accepted yet.
-func (l *Listener) Close() error { return nil }
+// linger is how long the last words of one side may take to reach the other.
+const linger = time.Second
 
 // Conn is the set of lanes between two agents for one migration.
-type Conn struct{}
+type Conn struct {
+	role      Role
+	migration MigrationID
+	peer      Identity
+	software  string        // the peer's
+	idle      time.Duration // after which the peer is held dead
+	ping      time.Duration // between pings of an idle lane
+	born      time.Time
+	// self and other are the two ends as senders of frames.
+	self, other party
+
+	control, urgent *Lane
+	bulk            []*Lane
+
+	done chan struct{}
+
+	mu      sync.Mutex
+	err     error // why the connection was closed
+	last    *time.Timer
+	onClose func() // of the listener
+}
+
+// newConn makes a connection with its control lane; the others are added by addLane.
+func newConn(role Role, id MigrationID, peer Identity, dialler bool, idle, peerIdle time.Duration) *Conn {
+	return &Conn{
+		role: role, migration: id, peer: peer, idle: idle, ping: min(idle, peerIdle) / 3,
+		born: time.Now(), self: role.party(dialler), other: role.party(!dialler),
+		done: make(chan struct{}),
+	}
+}
+
+func (c *Conn) newLane(kind LaneKind, number int, raw, io net.Conn, in *bufio.Reader) *Lane {
+	return &Lane{conn: c, kind: kind, number: number, raw: raw, io: io, in: in}
+}
+
+// start begins with keepalives, once all lanes are open.
+func (c *Conn) start() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return
+	}
+	for _, l := range c.all() {
+		l.lastSent.Store(int64(time.Since(c.born)))
+		l.pinger = time.AfterFunc(c.ping, func() { l.keepalive(c.ping) })
+	}
+}
+
+// all returns the lanes that are there.
+func (c *Conn) all() []*Lane {
+	lanes := append([]*Lane{c.control, c.urgent}, c.bulk...)
+	return slices.DeleteFunc(lanes, func(l *Lane) bool { return l == nil })
+}
 
 // Peer returns the identity that the other side proved.
-func (c *Conn) Peer() Identity { return "" }
+func (c *Conn) Peer() Identity { return c.peer }
+
+// PeerSoftware returns the name and version that the other side gave, for logs.
+func (c *Conn) PeerSoftware() string { return c.software }
 
 // Role returns the conversation that the connection is for.
-func (c *Conn) Role() Role { return 0 }
+func (c *Conn) Role() Role { return c.role }
 
 // Migration returns the migration that the connection is for.
-func (c *Conn) Migration() MigrationID { return MigrationID{} }
+func (c *Conn) Migration() MigrationID { return c.migration }
 
 // Control returns the control lane.
-func (c *Conn) Control() *Lane { return nil }
+func (c *Conn) Control() *Lane { return c.control }
 
-// Urgent returns the urgent lane.
-func (c *Conn) Urgent() *Lane { return nil }
+// Urgent returns the urgent lane, nil between source and intermediary, who have nothing
+// urgent to say.
+func (c *Conn) Urgent() *Lane { return c.urgent }
 
 // Bulk returns bulk lane i, 0 to Lanes()-1.
-func (c *Conn) Bulk(i int) *Lane { return nil }
+func (c *Conn) Bulk(i int) *Lane { return c.bulk[i] }
 
 // Lanes returns the number of bulk lanes.
-func (c *Conn) Lanes() int { return 0 }
+func (c *Conn) Lanes() int { return len(c.bulk) }
 
 // RemoteAddr returns the peer's address, for logs.
-func (c *Conn) RemoteAddr() net.Addr { return nil }
+func (c *Conn) RemoteAddr() net.Addr { return c.control.raw.RemoteAddr() }
 
 // Done is closed when the connection is, by either side or by a failure.
-func (c *Conn) Done() <-chan struct{} { return nil }
+func (c *Conn) Done() <-chan struct{} { return c.done }
 
 // Err returns why the connection was closed: nil while it is open, ErrClosed after
-// Close, else the first failure.
-func (c *Conn) Err() error { return nil }
+// Close, else the first failure, which wraps io.EOF when the peer closed it.
+func (c *Conn) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
 
-// Close closes all lanes at once; frames still under way may be lost. Calls blocked
-// in Send and Receive return ErrClosed.
-func (c *Conn) Close() error { return nil }
+// Close closes all lanes at once; frames still under way may be lost. Calls blocked in
+// Send and Receive return ErrClosed. It always returns nil.
+func (c *Conn) Close() error {
+	c.close(ErrClosed)
+	return nil
+}
 
-// Fail tells the peer why before it closes: it sends e on the control lane, then
-// waits at most one second for the peer to close.
-func (c *Conn) Fail(e *Error) {}
+// close closes the connection for a reason; only the first one counts.
+func (c *Conn) close(reason error) {
+	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return
+	}
+	c.err = reason
+	if c.last != nil {
+		c.last.Stop()
+	}
+	for _, l := range c.all() {
+		if l.pinger != nil {
+			l.pinger.Stop()
+		}
+		// Not through TLS, which would try to write for up to five seconds.
+		l.raw.Close()
+	}
+	onClose := c.onClose
+	c.mu.Unlock()
+	close(c.done)
+	if onClose != nil {
+		onClose()
+	}
+}
 
-// Lane is one ordered stream of frames in both directions. Any lane's failure closes
-// its whole Conn.
-type Lane struct{}
+// closeSoon closes the connection after a moment unless it is closed before.
+func (c *Conn) closeSoon(reason error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil && c.last == nil {
+		c.last = time.AfterFunc(linger, func() { c.close(reason) })
+	}
+}
 
-// Kind returns what the lane is for.
-func (l *Lane) Kind() LaneKind { return 0 }
+// Fail tells the peer why before it closes: it sends e on the control lane, then waits
+// until the peer closes the connection, at most one second. Someone has to be in
+// Receive on the control lane to notice that.
+func (c *Conn) Fail(e *Error) {
+	if c.control.Send(0, e) == nil {
+		halfClose(c.control.raw)
+		wait := time.NewTimer(linger)
+		defer wait.Stop()
+		select {
+		case <-c.done:
+		case <-wait.C:
+		}
+	}
+	c.close(ErrClosed)
+}
 
-// Number returns the number of a bulk lane, else 0.
-func (l *Lane) Number() int { return 0 }
+// halfClose ends our direction. Closing both while the peer's bytes are unread would
+// make the kernel reset the connection, and the peer lose our last words.
+func halfClose(raw net.Conn) {
+	if t, ok := raw.(interface{ CloseWrite() error }); ok {
+		t.CloseWrite()
+	}
+}
 
-// Send sends one message. It blocks while the peer takes no data, at most
-// Options.IdleTimeout. It is safe for concurrent use. After a failure it returns the
-// reason that Conn.Err returns, except that a message beyond a limit, or not allowed
-// on this lane, fails without harm to the connection.
-func (l *Lane) Send(seq uint64, m Message) error { return errSkeleton }
-
-// SendBatch sends the pages of b, which must not be empty, as one frame with b.Seq.
-// It blocks like Send and is safe for concurrent use with other batches. When it
-// returns, b may be changed, or sent again.
-func (l *Lane) SendBatch(b *Batch) error { return errSkeleton }
-
-// Receive waits for the next frame and reads it into f, reusing f's buffer. Pings
-// and unknown optional frames are handled inside. One goroutine at a time may call
-// it. It returns io.EOF when the peer closed the lane between two frames.
-func (l *Lane) Receive(f *Frame) error { return errSkeleton }
+// addLane puts an open lane into its place. It reports false when the connection was
+// closed meanwhile; the caller then closes the lane.
+func (c *Conn) addLane(l *Lane) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return false
+	}
+	switch l.kind {
+	case LaneControl:
+		c.control = l
+	case LaneUrgent:
+		c.urgent = l
+	case LaneBulk:
+		c.bulk[l.number] = l
+	}
+	return true
+}

@@ -2,12 +2,15 @@
 
 package wire
 
-import "fmt"
+import (
+	"encoding/binary"
+	"fmt"
+)
 
 // Code says what kind of error a peer reports.
 type Code uint16
 
-// The error codes. A receiver treats codes it does not know like CodeInternal.
+// The error codes. Newer peers may send others; treat those like CodeInternal.
 const (
 	// CodeInternal: the peer failed for a reason of its own; see the text.
 	CodeInternal Code = 1
@@ -33,26 +36,60 @@ const (
 	CodeStopping Code = 11
 )
 
-// String returns the code's name.
-func (c Code) String() string { return fmt.Sprintf("code %d", uint16(c)) }
+var codeNames = [...]string{
+	CodeInternal: "internal error", CodeVersion: "version", CodeProtocol: "protocol violation",
+	CodeForbidden: "forbidden", CodeUnknown: "unknown", CodeBusy: "busy", CodeFull: "full",
+	CodeIncompatible: "incompatible", CodeIncomplete: "incomplete", CodeGone: "gone",
+	CodeStopping: "stopping",
+}
 
-// Error is an error reported by the peer, and the message that reports it. As a
+// String returns the code's name.
+func (c Code) String() string {
+	if int(c) < len(codeNames) && codeNames[c] != "" {
+		return codeNames[c]
+	}
+	return fmt.Sprintf("code %d", uint16(c))
+}
+
+// Error is an error that the peer reports, and the message that reports it. As a
 // message, it does not by itself close the connection. The frame's number is that of
 // the frame it answers, or 0.
 type Error struct {
 	Code Code
-	// Text says what was wrong, for people; at most MaxText bytes.
+	// Text says what was wrong, for people. Append cuts it to MaxText bytes.
 	Text string
 }
 
-// Error returns the text with the code's name.
-func (e *Error) Error() string { return fmt.Sprintf("peer: %v: %s", e.Code, e.Text) }
+// Error returns the code's name with the text, quoted when it is not printable.
+func (e *Error) Error() string {
+	return fmt.Sprintf("the peer reports: %v: %s", e.Code, printable(e.Text))
+}
+
+// printable keeps a peer from writing control characters into our logs.
+func printable(s string) string {
+	for _, r := range s {
+		if r < ' ' || r == 0x7f || r == '\ufffd' {
+			return fmt.Sprintf("%q", s)
+		}
+	}
+	return s
+}
 
 // Type returns TypeError.
 func (*Error) Type() Type { return TypeError }
 
 // Append appends the body to dst.
-func (e *Error) Append(dst []byte) ([]byte, error) { return nil, errSkeleton }
+func (e *Error) Append(dst []byte) ([]byte, error) {
+	dst = binary.BigEndian.AppendUint16(dst, uint16(e.Code))
+	return appendText(dst, "Error", "text", cut(e.Text), MaxText)
+}
 
 // ParseError reads the body of an Error frame.
-func ParseError(body []byte) (*Error, error) { return nil, errSkeleton }
+func ParseError(body []byte) (*Error, error) {
+	d := decoder{message: "Error", rest: body}
+	e := &Error{Code: Code(d.u16("code")), Text: d.text("text", MaxText)}
+	if err := d.end(); err != nil {
+		return nil, err
+	}
+	return e, nil
+}

@@ -44,14 +44,6 @@ func (id MigrationID) String() string {
 // gives a new one, which is how its peers learn that the pages are gone.
 type Session [16]byte
 
-// Identity is the name of a node as its certificate states it, in the URI
-// spiffe://scattergather.io/node/<name>.
-type Identity string
-
-// MaxIdentity bounds the name of a node in bytes: a Kubernetes node name is a DNS
-// subdomain.
-const MaxIdentity = 253
-
 // Role is the conversation that a connection carries. The agent named first dials.
 type Role uint8
 
@@ -98,6 +90,12 @@ func (k LaneKind) String() string {
 	return fmt.Sprintf("lane kind %d", uint8(k))
 }
 
+// Version is the only version of the protocol that this package speaks.
+const Version = 1
+
+// minIdleMillis bounds the pings that a peer can ask for by a short idle time.
+const minIdleMillis = 100
+
 // Limits of the protocol. A peer that exceeds one is cut off.
 const (
 	// MaxLanes bounds the bulk lanes of a connection.
@@ -116,8 +114,9 @@ const (
 	MaxRuns = 4096
 	// MaxPackageChunk bounds the data of one Package frame in bytes.
 	MaxPackageChunk = 1 << 20
-	// MaxPackage bounds the device-state package in bytes.
-	MaxPackage = 4 << 30
+	// MaxPackage bounds the device-state package in bytes: QEMU gives its size in
+	// four bytes (migration/savevm.c). Do not allocate so much for a peer's word.
+	MaxPackage = 1<<32 - 1
 	// MaxHolders bounds the table of intermediaries of a migration.
 	MaxHolders = 250
 	// MaxText bounds free text, such as reasons, in bytes. Longer text is cut.
