@@ -241,7 +241,7 @@ func (l *loop) obey() {
 		case guest.TypeReport:
 			var r guest.Report
 			if guest.Decode(payload, &r) == nil {
-				l.send(guest.TypeFaults, l.mem.faults(r.Since))
+				l.send(guest.TypeFaults, l.mem.faults(r.Since, r.Until))
 			}
 		}
 	})

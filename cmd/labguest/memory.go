@@ -154,11 +154,11 @@ func (m *memory) noteWrong(page, generation uint32, word int, want uint64) {
 	m.onWrong(w)
 }
 
-// faults sums up the first touches since a moment that were slow. A page that
-// was touched since and became slow later does not count: that is noise of the
-// host and no fault.
-func (m *memory) faults(since uint64) guest.Faults {
-	from := uint32(since / 1e6)
+// faults sums up the slow touches between two moments that were the first of
+// their page since the first moment. A page that was touched since and is slow
+// later does not count: that is noise of the host and no fault.
+func (m *memory) faults(since, until uint64) guest.Faults {
+	from, to := uint32(since/1e6), uint32(until/1e6)
 	end := m.logEnd.Load()
 	var f guest.Faults
 	if end > logged {
@@ -166,7 +166,7 @@ func (m *memory) faults(since uint64) guest.Faults {
 	}
 	latencies := make([]uint32, 0, min(end, logged))
 	for _, s := range m.log[:min(end, logged)] {
-		if s.at >= from && s.before <= from {
+		if s.at >= from && s.at <= to && s.before <= from {
 			latencies = append(latencies, s.latency)
 			f.Sum += uint64(s.latency)
 		}

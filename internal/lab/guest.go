@@ -229,13 +229,15 @@ func (g *Guest) wrongError(count uint32) error {
 	return fmt.Errorf("guest %s: %w: %d%s", g.Name, ErrWrongPages, max(count, uint32(len(g.wrong))), text)
 }
 
-// Faults asks the guest for its slow first touches since the switch.
-func (g *Guest) Faults(ctx context.Context) (guest.Faults, error) {
-	since := uint64(0)
-	if last, _, ok := g.switchBeats(); ok {
-		since = last.Nanos
+// Faults asks the guest for its slow first touches from the switch until a
+// moment of the host's clock.
+func (g *Guest) Faults(ctx context.Context, until time.Time) (guest.Faults, error) {
+	last, _, ok := g.switchBeats()
+	if !ok {
+		return guest.Faults{}, fmt.Errorf("guest %s never ran at the destination", g.Name)
 	}
-	if err := g.send(guest.TypeReport, guest.Report{Since: since}); err != nil {
+	window := guest.Report{Since: last.Nanos, Until: g.clockAt(until)}
+	if err := g.send(guest.TypeReport, window); err != nil {
 		return guest.Faults{}, err
 	}
 	return await(ctx, g, "report its faults", g.faults)

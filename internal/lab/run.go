@@ -161,7 +161,7 @@ func (r *runner) verify(ctx context.Context) error {
 			errs = append(errs, err, v.watchdog())
 			continue
 		}
-		faults, err := v.Guest.Faults(ctx)
+		faults, err := v.Guest.Faults(ctx, v.Milestones().Completed)
 		if err != nil {
 			errs = append(errs, err)
 			continue

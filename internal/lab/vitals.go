@@ -38,6 +38,19 @@ func (g *Guest) switchBeats() (last, first beat, ok bool) {
 	return beat{}, beat{}, false
 }
 
+// clockAt is the guest's clock at a moment of the host's, to the width of a
+// beat.
+func (g *Guest) clockAt(at time.Time) uint64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for i := len(g.beats) - 1; i >= 0; i-- {
+		if !g.beats[i].at.After(at) {
+			return g.beats[i].Nanos
+		}
+	}
+	return 0
+}
+
 // Vitals sums up the beats between two moments; step is the width of an entry
 // of Served.
 func (g *Guest) Vitals(from, to time.Time, step time.Duration) Vitals {

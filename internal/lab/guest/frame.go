@@ -90,15 +90,15 @@ type Verified struct {
 	Finished uint64 // guest's clock, ns
 }
 
-// Report asks for the accesses slower than SlowAccess since a moment of the
+// Report asks for the accesses slower than SlowAccess between two moments of the
 // guest's clock.
-type Report struct{ Since uint64 }
+type Report struct{ Since, Until uint64 }
 
 // SlowAccess is the time in nanoseconds from which the first touch of a page
 // counts as a fault.
 const SlowAccess = 200_000
 
-// Faults sums up first touches slower than SlowAccess since the time asked for.
+// Faults sums up first touches slower than SlowAccess in the time asked for.
 type Faults struct {
 	Count    uint32
 	P50, P99 uint32 // microseconds
