@@ -63,7 +63,9 @@ type mark struct {
 	Class  string
 }
 
-func newPanel(run lab.RunResult, span float64) panel {
+// newPanel draws a run; span is the end of the axis of time and top that of the
+// axis of rates, for all panels the same.
+func newPanel(run lab.RunResult, span, top float64) panel {
 	t := run.Timeline
 	p := panel{
 		Method: run.Method, Width: panelWidth, Height: panelSize,
@@ -74,7 +76,6 @@ func newPanel(run lab.RunResult, span float64) panel {
 	p.Held = rect{X: x(0), Y: plotTop, W: x(t.Released) - x(0), H: axisTop - plotTop}
 
 	out, in, pool := linkCurves(t)
-	top := niceCeiling(max(peak(out), peak(in), peak(pool)))
 	p.Areas = []curve{{Class: "out", Path: area(out, t, x, plotTop, plotHeight, top)}}
 	p.Lines = []curve{{Class: "in", Path: line(in, t, x, plotTop, plotHeight, top)}}
 	if pool != nil {
@@ -106,6 +107,12 @@ func newMark(x float64, text, class string, level int) mark {
 		m.TextX, m.Anchor = x-4, "end"
 	}
 	return m
+}
+
+// highest is the highest rate that a run's curves reach.
+func highest(t *lab.Timeline) float64 {
+	out, in, pool := linkCurves(t)
+	return max(peak(out), peak(in), peak(pool))
 }
 
 // linkCurves gives what left the source, what reached the destination, and what

@@ -29,6 +29,8 @@ type row struct {
 	Bar      float64 // per cent of the longest
 	LimitBar float64
 	Label    string
+	Sent     string
+	P50, P99 string
 }
 
 type view struct {
@@ -49,17 +51,18 @@ func HTML(r *lab.Result, made time.Time) ([]byte, error) {
 		Subtitle: fmt.Sprintf("QEMU %s under %s", r.QEMU, r.Accelerator),
 		Made:     made.UTC().Format("2006-01-02 15:04 UTC"),
 	}
-	longest, span := 0.0, 0.0
+	longest, span, top := 0.0, 0.0, 0.0
 	for _, run := range r.Runs {
 		longest = max(longest, run.EvictionSeconds)
 		if t := run.Timeline; t != nil {
 			span = max(span, t.From+t.Step*float64(len(t.Served)))
+			top = max(top, highest(t))
 		}
 	}
 	for _, run := range r.Runs {
 		v.Rows = append(v.Rows, newRow(run, longest))
 		if run.Timeline != nil {
-			v.Panels = append(v.Panels, newPanel(run, span))
+			v.Panels = append(v.Panels, newPanel(run, span, niceCeiling(top)))
 		}
 	}
 	for name, rates := range r.Links {
@@ -79,6 +82,8 @@ func newRow(run lab.RunResult, longest float64) row {
 		w.Bar, w.LimitBar = 100*run.EvictionSeconds/longest, 100*run.LimitSeconds/longest
 	}
 	w.Label = fmt.Sprintf("%.2f s", run.EvictionSeconds)
+	w.Sent = fmt.Sprintf("%d MiB", run.BytesSourceOut>>20)
+	w.P50, w.P99 = fmt.Sprintf("%.1f ms", float64(run.FaultP50Us)/1e3), fmt.Sprintf("%.1f ms", float64(run.FaultP99Us)/1e3)
 	if run.Error != "" {
 		w.Label = "failed"
 	}
