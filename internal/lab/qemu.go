@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"scattergather.io/scattergather/internal/lab/guest"
 	"scattergather.io/scattergather/internal/qemu/qmp"
@@ -21,9 +22,63 @@ type QEMUConfig struct {
 	Assets    *Assets
 	Machine   string // machine type; empty means "q35"
 	MemoryMiB int
+	Memory    Memory // what holds the guest's memory
 	Guest     guest.Config
 	Incoming  bool     // wait for a migration instead of booting
 	Extra     []string // further arguments
+}
+
+// Memory is what holds a guest's memory. The two ends of a migration may differ in it
+// but not in the size of the pages, on which QEMU insists for post-copy.
+type Memory string
+
+// The kinds of memory.
+const (
+	MemoryPrivate Memory = ""        // anonymous, what "-m" alone gives
+	MemoryShared  Memory = "memfd"   // shared, what vhost-user devices and virtiofs need
+	MemoryHuge    Memory = "hugetlb" // pages of 2 MiB, of which the machine must have enough free
+)
+
+// arguments puts the guest's memory where it belongs. The block of memory is
+// called "pc.ram" in the migration stream whatever holds it.
+func (m Memory) arguments(machine string, mib int) []string {
+	args := []string{"-m", strconv.Itoa(mib), "-machine", machine}
+	if m == MemoryPrivate {
+		return args
+	}
+	args[3] += ",memory-backend=pc.ram"
+	object := fmt.Sprintf("memory-backend-memfd,id=pc.ram,size=%dM", mib)
+	if m == MemoryHuge {
+		return append(args, "-object", object+",share=off,hugetlb=on,hugetlbsize=2M")
+	}
+	return append(args, "-object", object+",share=on")
+}
+
+// freeHugePages is where the kernel counts the free pages of 2 MiB.
+const freeHugePages = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"
+
+// available says whether this machine has the memory. QEMU itself would start
+// without huge pages and die of SIGBUS on the first touch of a missing one.
+func (m Memory) available(mib int) error {
+	switch m {
+	case MemoryPrivate, MemoryShared:
+		return nil
+	case MemoryHuge:
+	default:
+		return fmt.Errorf("memory %q: want %q, %q or %q", m, MemoryPrivate, MemoryShared, MemoryHuge)
+	}
+	text, err := os.ReadFile(freeHugePages)
+	if err != nil {
+		return fmt.Errorf("this kernel has no pages of 2 MiB: %w", err)
+	}
+	free, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return fmt.Errorf("reading %s: %w", freeHugePages, err)
+	}
+	if free*2 < mib {
+		return fmt.Errorf("%d MiB of huge pages are free, the guest needs %d: raise the sysctl vm.nr_hugepages", free*2, mib)
+	}
+	return nil
 }
 
 // QEMU is a stock QEMU on a node.
@@ -51,8 +106,7 @@ func (c QEMUConfig) arguments(q *QEMU) []string {
 	}
 	args := []string{
 		"-name", c.Name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", machine, "-accel", c.Assets.Accelerator, "-cpu", cpu,
-		"-smp", strconv.Itoa(max(1, c.Guest.CPUs)), "-m", strconv.Itoa(c.MemoryMiB),
+		"-accel", c.Assets.Accelerator, "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.Guest.CPUs)),
 		"-kernel", c.Assets.Kernel, "-initrd", c.Assets.Initramfs, "-append", KernelCommandLine(c.Guest),
 		"-qmp", "unix:" + q.socket + ",server=on,wait=off",
 		"-serial", "file:" + q.console,
@@ -61,11 +115,15 @@ func (c QEMUConfig) arguments(q *QEMU) []string {
 	if c.Incoming {
 		args = append(args, "-incoming", "defer")
 	}
+	args = append(args, c.Memory.arguments(machine, c.MemoryMiB)...)
 	return append(args, c.Extra...)
 }
 
 // StartQEMU starts a QEMU on a node and connects to its monitor.
 func StartQEMU(ctx context.Context, node *Node, c QEMUConfig) (*QEMU, error) {
+	if err := c.Memory.available(c.MemoryMiB); err != nil {
+		return nil, fmt.Errorf("starting %s: %w", c.Name, err)
+	}
 	base := filepath.Join(node.run.Path, c.Name)
 	q := &QEMU{Telemetry: base + ".telemetry", socket: base + ".qmp", console: base + ".console"}
 	var err error
