@@ -265,6 +265,7 @@ func TestConcurrentSenders(t *testing.T) {
 }
 
 func TestPingsKeepIdleLanesAlive(t *testing.T) {
+	t.Parallel()
 	from, to := wiretest.Node(t, "node-a"), wiretest.Node(t, "node-b")
 	from.IdleTimeout, to.IdleTimeout = 200*time.Millisecond, 10*time.Second
 	a, b := wiretest.PairOptions(t, wire.SourceToDestination, from, to, "node-b")
@@ -339,6 +340,7 @@ func TestLastWords(t *testing.T) {
 }
 
 func TestFailWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
 	a, b := wiretest.Pair(t, wire.SourceToDestination, "node-a", "node-b")
 	before := time.Now()
 	a.Fail(&wire.Error{Code: wire.CodeInternal})

@@ -21,7 +21,6 @@ const (
 	helloMagic = 0x53474d31 // "SGM1"
 	// maxSoftware bounds the name and version that a side gives for logs.
 	maxSoftware = 63
-	maxHello    = 4 + 2 + 2 + 8 + 1 + 1 + 4 + 16 + 16 + 2 + maxSoftware
 )
 
 func (h *hello) append(dst []byte) []byte {
@@ -37,8 +36,9 @@ func (h *hello) append(dst []byte) []byte {
 	return append(dst, h.software...)
 }
 
-// parseHello checks only what all versions share: a Hello for versions that we do not
-// speak may have any other values, and more bytes at its end.
+// parseHello checks only what all versions share when we speak none of the peer's: the
+// rest may mean something else then. A peer that speaks later versions too may add to
+// the end.
 func parseHello(body []byte) (*hello, error) {
 	d := decoder{message: "Hello", rest: body}
 	if m := d.u32("magic"); d.err == nil && m != helloMagic {
@@ -64,6 +64,9 @@ func parseHello(body []byte) (*hello, error) {
 	if d.err == nil && h.idle < minIdleMillis {
 		d.fail("idle time", "%d ms, at least %d wanted", h.idle, minIdleMillis)
 	}
+	if h.maxVersion > Version {
+		d.rest = nil
+	}
 	return h, d.end()
 }
 
@@ -74,8 +77,6 @@ type welcome struct {
 	idle     uint32
 	software string
 }
-
-const maxWelcome = 2 + 8 + 4 + 2 + maxSoftware
 
 func (w *welcome) append(dst []byte) []byte {
 	dst = binary.BigEndian.AppendUint16(dst, w.version)
