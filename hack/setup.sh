@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Installs what the lab needs and the machine lacks, then says what it found:
-# QEMU, iproute2 and a distribution kernel for the guest. Debian and Ubuntu are
+# Go, QEMU, iproute2 and a distribution kernel for the guest. Debian and Ubuntu are
 # served as root or with sudo; elsewhere the script names what is missing. It is
 # quick and needs no network once everything is there.
 #
@@ -33,7 +33,16 @@ qemu_ok() {
   [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$version" ]
 }
 
+# From 1.21 on, go fetches the newer toolchain that go.mod asks for.
+go_ok() {
+  have go || return 1
+  local version; version=$(go env GOVERSION 2>/dev/null)
+  version=${version#go1.}; version=${version%%[!0-9]*}
+  [ "${version:-0}" -ge 21 ]
+}
+
 missing() {
+  go_ok || echo go
   qemu_ok || echo qemu
   have ip && have tc || echo iproute2
   have nsenter || echo util-linux
@@ -53,6 +62,7 @@ name_what_is_missing() {
   echo "setup: this is not Debian or Ubuntu; please install by hand:" >&2
   for item in "$@"; do
     case $item in
+      go)         echo "  - Go, 1.21 or newer (go.dev/doc/install)" ;;
       qemu)       echo "  - qemu-system-x86_64, version 7.2 or newer (10.x is tested most): your distribution's qemu-system-x86 or qemu-kvm package" ;;
       iproute2)   echo "  - ip and tc: the iproute2 (or iproute, iproute-tc) package" ;;
       util-linux) echo "  - nsenter: the util-linux package" ;;
@@ -112,13 +122,29 @@ add_backports() {
   [ -n "$(candidate_major "$codename-backports")" ] || { as_root rm -f "$file"; return 1; }
 }
 
+candidate() { # version of package $1, optionally from target release $2
+  apt-cache ${2:+-t "$2"} policy "$1" 2>/dev/null | sed -n 's/^ *Candidate: \([0-9]*:\)\{0,1\}//p'
+}
+
 candidate_major() { # of qemu-system-x86, optionally from a given target release
-  apt-cache ${1:+-t "$1"} policy qemu-system-x86 2>/dev/null |
-    sed -n 's/^ *Candidate: \([0-9]*:\)\{0,1\}\([0-9]*\)\..*/\2/p'
+  candidate qemu-system-x86 "${1:-}" | sed 's/\..*//'
+}
+
+install_go() {
+  local codename release=''
+  codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+  if dpkg --compare-versions "$(candidate golang-go | sed 's/~.*//')" lt 1.21; then
+    add_backports "$codename" || true
+    release=$codename-backports
+    dpkg --compare-versions "$(candidate golang-go "$release" | sed 's/~.*//')" ge 1.21 ||
+      fail "this machine's sources have no Go from 1.21 on; see go.dev/doc/install"
+  fi
+  install_packages golang-go "$release"
+  hash -r
 }
 
 install_qemu() {
-  local t=$SECONDS codename release='' id
+  local codename release='' id
   codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
   id=$(. /etc/os-release && echo "$ID")
   if [ "$(candidate_major)" -lt "$want_major" ] 2>/dev/null && [ -n "$codename" ]; then
@@ -127,21 +153,18 @@ install_qemu() {
       release=$codename-backports
     fi
   fi
-  say "installing qemu-system-x86${release:+ from $release}"
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    ${release:+-t "$release"} qemu-system-x86 >"$cache/apt.log" 2>&1 ||
-    { tail -n 20 "$cache/apt.log" >&2; fail "installing qemu-system-x86 did not work; the whole log is in $cache/apt.log"; }
+  install_packages qemu-system-x86 "$release"
   hash -r
   qemu_version >"$stamp"
-  took "QEMU $(qemu_version) is installed" "$t"
 }
 
-install_packages() {
+install_packages() { # package $1, optionally from target release $2
   local t=$SECONDS
-  say "installing $*"
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" \
-    >"$cache/apt.log" 2>&1 || { tail -n 20 "$cache/apt.log" >&2; fail "installing $* did not work"; }
-  took "installed $*" "$t"
+  say "installing $1${2:+ from $2}"
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ${2:+-t "$2"} "$1" \
+    >"$cache/apt.log" 2>&1 ||
+    { tail -n 20 "$cache/apt.log" >&2; fail "installing $1 did not work; the whole log is in $cache/apt.log"; }
+  took "$1 is installed" "$t"
 }
 
 # The flavour packages hold nothing but a dependency on the kernel itself.
@@ -185,6 +208,7 @@ main() {
     update_lists
     for item in "${todo[@]}"; do
       case $item in
+        go)     install_go ;;
         qemu)   install_qemu ;;
         kernel) unpack_kernel ;;
         *)      install_packages "$item" ;;

@@ -101,11 +101,11 @@ func projectRoot() (string, error) {
 // initramfs gives the path of the guest's initramfs, built anew when the
 // guest's program changed.
 func initramfs(ctx context.Context, cache string) (string, error) {
-	program, err := guestProgram(ctx, cache)
+	init, err := program(ctx, "labguest")
 	if err != nil {
 		return "", err
 	}
-	data, err := os.ReadFile(program)
+	data, err := os.ReadFile(init)
 	if err != nil {
 		return "", fmt.Errorf("reading the guest's program: %w", err)
 	}
@@ -118,14 +118,14 @@ func initramfs(ctx context.Context, cache string) (string, error) {
 	for _, path := range old {
 		_ = os.Remove(path)
 	}
-	return path, writeInitramfs(path, program)
+	return path, writeInitramfs(path, init)
 }
 
-// guestProgram is the guest's init: built beside this program by the Makefile,
-// else built now from source.
-func guestProgram(ctx context.Context, cache string) (string, error) {
+// program finds one of the project's programs: built beside this one by the
+// Makefile, else built now from source.
+func program(ctx context.Context, name string) (string, error) {
 	if exe, err := os.Executable(); err == nil {
-		beside := filepath.Join(filepath.Dir(exe), "labguest")
+		beside := filepath.Join(filepath.Dir(exe), name)
 		if _, err := os.Stat(beside); err == nil {
 			return beside, nil
 		}
@@ -134,14 +134,18 @@ func guestProgram(ctx context.Context, cache string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	path := filepath.Join(cache, "labguest")
+	cache, err := cacheDir()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(cache, name)
 	// Built aside and renamed: several runs may do this at once.
 	fresh := fmt.Sprintf("%s.%d", path, os.Getpid())
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", fresh, module+"/cmd/labguest")
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", fresh, module+"/cmd/"+name)
 	build.Dir = root
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("building the guest's program: %w\n%s", err, out)
+		return "", fmt.Errorf("building %s: %w\n%s", name, err, out)
 	}
 	return path, os.Rename(fresh, path)
 }
