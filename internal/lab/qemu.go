@@ -90,10 +90,6 @@ type QEMU struct {
 	// Guest.Attach.
 	Telemetry string
 
-	// AgentMonitor is the unix socket of a second monitor, for an agent: a
-	// monitor serves one client at a time, and the first is the lab's.
-	AgentMonitor string
-
 	socket  string
 	console string
 }
@@ -113,7 +109,6 @@ func (c QEMUConfig) arguments(q *QEMU) []string {
 		"-accel", c.Assets.Accelerator, "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.Guest.CPUs)),
 		"-kernel", c.Assets.Kernel, "-initrd", c.Assets.Initramfs, "-append", KernelCommandLine(c.Guest),
 		"-qmp", "unix:" + q.socket + ",server=on,wait=off",
-		"-qmp", "unix:" + q.AgentMonitor + ",server=on,wait=off",
 		"-serial", "file:" + q.console,
 		"-chardev", "socket,id=telemetry,path=" + q.Telemetry + ",server=on,wait=off", "-serial", "chardev:telemetry",
 	}
@@ -130,7 +125,7 @@ func StartQEMU(ctx context.Context, node *Node, c QEMUConfig) (*QEMU, error) {
 		return nil, fmt.Errorf("starting %s: %w", c.Name, err)
 	}
 	base := filepath.Join(node.run.Path, c.Name)
-	q := &QEMU{Telemetry: base + ".telemetry", AgentMonitor: base + ".agent.qmp", socket: base + ".qmp", console: base + ".console"}
+	q := &QEMU{Telemetry: base + ".telemetry", socket: base + ".qmp", console: base + ".console"}
 	var err error
 	if q.Process, err = node.Start(c.Name, exec.Command(c.Assets.QEMU, c.arguments(q)...)); err != nil {
 		return nil, err

@@ -18,9 +18,8 @@ import (
 )
 
 // stateRoot holds one directory for every run that is alive or crashed. It lies
-// on a tmpfs that takes as much as memory does, since the agents keep pages in
-// it, and a reboot is the most thorough clean-up.
-const stateRoot = "/dev/shm/scattergather-lab"
+// on tmpfs: a reboot is the most thorough clean-up.
+const stateRoot = "/run/scattergather-lab"
 
 // namespacePrefix begins the name of every network namespace of every run.
 const namespacePrefix = "sglab-"
