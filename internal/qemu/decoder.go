@@ -50,8 +50,9 @@ type Decoder struct {
 	records   bool // inside a PART or END of the RAM section
 	ending    bool // … and it is the END
 	packaged  bool // the package was seen: the migration ends in post-copy
+	footerDue bool // the EOS record of a section was read, its footer was not
 	undecided bool // the START was read but its event not delivered
-	flushes   int  // MULTIFD_FLUSH records in the START, not delivered yet
+	flushes   int  // MULTIFD_FLUSH records in the START
 
 	large  []byte  // package or tail
 	ranges []Range // of the last discard
@@ -63,6 +64,7 @@ type stage uint8
 const (
 	stageBegin  stage = iota // nothing read
 	stageSetup               // configuration read
+	stageStart               // block table read
 	stageRAM                 // START of the RAM section read
 	stageEnding              // END of the RAM section read
 	stageTail                // tail delivered
@@ -166,17 +168,18 @@ func (d *Decoder) step(ev *Event) error {
 	case stageDone:
 		return io.EOF
 	}
-	if d.flushes > 0 && !d.undecided {
-		d.flushes--
-		ev.Kind, ev.Section = EventFlush, d.setup.RAM.Section
-		return nil
-	}
 	return d.items(ev)
 }
 
 // items reads items until one of them makes an event.
 func (d *Decoder) items(ev *Event) error {
 	for ev.Kind == 0 && !d.records {
+		if d.stage == stageStart {
+			if err := d.startRecord(ev); err != nil {
+				return err
+			}
+			continue
+		}
 		p, err := d.r.need(1)
 		if d.undecided && (err != nil || p[0] != itemFull) {
 			// Nothing of the set-up follows any more. An error is met again by

@@ -337,12 +337,37 @@ func TestResumedStream(t *testing.T) {
 	}
 }
 
-// TestMultifdFlushes wants the flush of the START behind its event.
-func TestMultifdFlushes(t *testing.T) {
-	stream := join(qemutest.NewSetup(false).Config, section(1, "ram", 4), be64(0x1004), "\x01a", be64(0x1000, 0x200, 0x10), "\x7e\x00\x00\x00\x01",
-		[]byte{2, 0, 0, 0, 1}, be64(0x200, 0x10), "\x7e\x00\x00\x00\x01")
-	told, _ := decodeAll(bytes.NewReader(stream), qemu.DecoderOptions{Multifd: true})
-	if want := "setup|ram start|multifd flush|multifd flush|section end"; strings.Join(told, "|") != want {
-		t.Errorf("%q, want %q", told, want)
+// TestMultifdSyncs wants each synchronisation point told when its record has
+// arrived: the source may send nothing more before it was acted upon.
+func TestMultifdSyncs(t *testing.T) {
+	footer := "\x7e\x00\x00\x00\x01"
+	begin := join(qemutest.NewSetup(false).Config, section(1, "ram", 4), be64(0x1004), "\x01a", be64(0x1000))
+	part := []byte{2, 0, 0, 0, 1}
+	for name, tc := range map[string]struct {
+		upToSync [][]byte // each ends with a synchronisation point
+		rest     []byte
+		want     string
+	}{
+		"flush records": {
+			[][]byte{join(begin, be64(0x200)), join(be64(0x10), footer, part, be64(0x200))}, join(be64(0x10), footer),
+			"setup|multifd sync|ram start|multifd sync|section end",
+		},
+		"end of section": {
+			[][]byte{join(begin, be64(0x10)), join(footer, part, be64(0x10))}, join(footer),
+			"setup|multifd sync|ram start|multifd sync|section end",
+		},
+	} {
+		var stream []byte
+		for i, piece := range tc.upToSync {
+			stream = append(stream, piece...)
+			told, _ := decodeAll(bytes.NewReader(stream), qemu.DecoderOptions{Multifd: true})
+			if n := strings.Count(strings.Join(told, "|"), "multifd sync"); n != i+1 {
+				t.Errorf("%s: after record %d: %q", name, i, told)
+			}
+		}
+		told, _ := decodeAll(bytes.NewReader(append(stream, tc.rest...)), qemu.DecoderOptions{Multifd: true})
+		if strings.Join(told, "|") != tc.want {
+			t.Errorf("%s: %q, want %q", name, told, tc.want)
+		}
 	}
 }

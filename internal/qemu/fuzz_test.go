@@ -69,7 +69,7 @@ func checkEvent(t *testing.T, d *qemu.Decoder, ev *qemu.Event) {
 		}
 	case qemu.EventRAMStart:
 		checkBlocks(t, blocks)
-	case qemu.EventSetup, qemu.EventSectionEnd, qemu.EventFlush, qemu.EventRAMEnd, qemu.EventPackage, qemu.EventTail, qemu.EventEnd:
+	case qemu.EventSetup, qemu.EventSectionEnd, qemu.EventSync, qemu.EventRAMEnd, qemu.EventPackage, qemu.EventTail, qemu.EventEnd:
 	default:
 		t.Fatalf("unknown %v", ev.Kind)
 	}

@@ -47,7 +47,7 @@ type summary struct {
 	Commands string
 	Pings    []uint32 // in the package
 	Ending   string   // kinds of the events behind the last section, and how often
-	Flushes  int
+	Syncs    int
 	Flushing bool // Setup.MultifdFlush
 	Seen     int  // distinct pages
 	Resent   int  // pages behind the package; they must be those discarded
@@ -87,8 +87,8 @@ func (s *tally) add(tb testing.TB, ev *qemu.Event) {
 			s.Resent++
 			delete(s.discarded, p)
 		}
-	case qemu.EventFlush:
-		s.Flushes++
+	case qemu.EventSync:
+		s.Syncs++
 	case qemu.EventPackage:
 		s.packaged = true
 		s.Commands += " PACKAGED"
@@ -158,7 +158,7 @@ func wantRecorded() map[string]summary {
 			Pings: []uint32{3}, Ending: "ram end end", Seen: seen, Resent: resent}
 	}
 	// Up to machine type 8.2 zero pages travel on the main channel.
-	multifd := summary{Blocks: plain, Ending: tailEnds, Seen: 428}
+	multifd := summary{Blocks: plain, Ending: tailEnds, Syncs: 3, Seen: 428}
 	return map[string]summary{
 		"precopy-7.2":              precopy("", false),
 		"precopy-10.0":             precopy(start, false),
@@ -173,7 +173,7 @@ func wantRecorded() map[string]summary {
 		"postcopy-virtio-mem-7.2":  postcopy(withVMem, advised+switched, 0, 594, 593),
 		"postcopy-virtio-mem-10.0": postcopy(withVMem, advised+start+switched, 99, 594, 532),
 		"multifd-7.2":              multifd,
-		"multifd-10.0":             {Blocks: plain, Commands: start, Ending: tailEnds, Flushes: 4, Flushing: true},
+		"multifd-10.0":             {Blocks: plain, Commands: start, Ending: tailEnds, Syncs: 4, Flushing: true},
 		"multifd-old-sync-10.0":    multifd,
 	}
 }

@@ -13,6 +13,9 @@ var errMultifd = fmt.Errorf("pages travel on multifd channels; turn the capabili
 // record reads one record of a PART or END of the RAM section. This is the hot
 // path: nothing in it allocates or copies.
 func (d *Decoder) record(ev *Event) error {
+	if d.footerDue {
+		return d.sectionEnd(ev)
+	}
 	p, err := d.r.take(8)
 	if err != nil {
 		return err
@@ -70,24 +73,37 @@ func (d *Decoder) place(ev *Event, offset, flags uint64) error {
 func (d *Decoder) mark(ev *Event, header uint64) error {
 	switch header {
 	case flagEOS:
-		if err := d.footer(d.setup.RAM.Section); err != nil {
-			return err
+		d.footerDue = true
+		if d.syncsAtEOS() {
+			ev.Kind = EventSync
+			return nil
 		}
-		d.records = false
-		ev.Kind = EventSectionEnd
-		if d.ending {
-			ev.Kind = EventRAMEnd
-			d.stage = stageEnding
-		}
-		return nil
+		return d.sectionEnd(ev)
 	case flagMultifdFlush:
 		if !d.opt.Multifd {
 			return errMultifd
 		}
-		ev.Kind = EventFlush
+		ev.Kind = EventSync
 		return nil
 	}
 	return refuseRecord(header)
+}
+
+// syncsAtEOS says whether each EOS record is a multifd synchronisation point.
+func (d *Decoder) syncsAtEOS() bool { return d.opt.Multifd && !d.setup.MultifdFlush }
+
+// sectionEnd reads the footer behind the EOS record of a PART or END.
+func (d *Decoder) sectionEnd(ev *Event) error {
+	if err := d.footer(d.setup.RAM.Section); err != nil {
+		return err
+	}
+	d.records, d.footerDue = false, false
+	ev.Kind, ev.Section = EventSectionEnd, d.setup.RAM.Section
+	if d.ending {
+		ev.Kind = EventRAMEnd
+		d.stage = stageEnding
+	}
+	return nil
 }
 
 // refuseRecord names a record that is not carried.

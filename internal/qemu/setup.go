@@ -169,10 +169,7 @@ func (d *Decoder) ramStart() error {
 	if s := ram.PageSizes(); d.setup.Postcopy && s != d.advised {
 		return fmt.Errorf("blocks with page sizes %#x, but POSTCOPY_ADVISE said %#x", s, d.advised)
 	}
-	if err := d.ramStartEnd(); err != nil {
-		return err
-	}
-	d.stage, d.undecided = stageRAM, true
+	d.stage = stageStart
 	return nil
 }
 
@@ -245,24 +242,42 @@ func (d *Decoder) pageSize() (uint64, error) {
 	return size, nil
 }
 
-// ramStartEnd reads what follows the block table: perhaps multifd flushes, the
-// EOS record and the footer.
-func (d *Decoder) ramStartEnd() error {
-	for {
+// startRecord reads one of the records behind the block table: perhaps multifd
+// flushes, then the EOS record and the footer.
+func (d *Decoder) startRecord(ev *Event) error {
+	if !d.footerDue {
 		header, err := d.u64()
-		switch {
-		case err != nil:
+		if err != nil {
 			return err
-		case header == flagEOS:
-			return d.footer(d.setup.RAM.Section)
-		case header != flagMultifdFlush:
-			return fmt.Errorf("record %#x behind the block table; are the blocks' page sizes what POSTCOPY_ADVISE said?", header)
-		case !d.opt.Multifd:
-			return errMultifd
-		case d.flushes == maxStartFlushes:
-			return fmt.Errorf("more than %d MULTIFD_FLUSH records behind the block table", maxStartFlushes)
 		}
-		d.flushes++
-		d.setup.MultifdFlush = true
+		if err := d.startMark(header); err != nil {
+			return err
+		}
+		if header == flagMultifdFlush || d.syncsAtEOS() {
+			ev.Kind, ev.Section = EventSync, d.setup.RAM.Section
+			return nil
+		}
 	}
+	if err := d.footer(d.setup.RAM.Section); err != nil {
+		return err
+	}
+	d.stage, d.footerDue, d.undecided = stageRAM, false, true
+	return nil
+}
+
+func (d *Decoder) startMark(header uint64) error {
+	switch {
+	case header == flagEOS:
+		d.footerDue = true
+		return nil
+	case header != flagMultifdFlush:
+		return fmt.Errorf("record %#x behind the block table; are the blocks' page sizes what POSTCOPY_ADVISE said?", header)
+	case !d.opt.Multifd:
+		return errMultifd
+	case d.flushes == maxStartFlushes:
+		return fmt.Errorf("more than %d MULTIFD_FLUSH records behind the block table", maxStartFlushes)
+	}
+	d.flushes++
+	d.setup.MultifdFlush = true
+	return nil
 }

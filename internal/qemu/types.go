@@ -29,21 +29,23 @@ const (
 	EventCommand
 	// EventRAMStart: the set-up phase is over, Decoder.Setup is complete. It is
 	// delivered when the item behind the set-up has begun to arrive, which a
-	// source sends without waiting for anybody. With multifd and without
-	// Setup.MultifdFlush it is a synchronisation point.
+	// source sends without waiting for anything but that EventSync is acted upon.
 	EventRAMStart
 	// EventPage: a page with data. Event.Block, Offset and Data are set.
 	EventPage
 	// EventZero: a page of zeros. Event.Block and Offset are set.
 	EventZero
 	// EventSectionEnd: a PART of the RAM section ended (EOS record and footer).
-	// With multifd and without Setup.MultifdFlush it is a synchronisation point.
 	EventSectionEnd
-	// EventFlush: a MULTIFD_FLUSH record: whatever was sent on the multifd
-	// channels before their next SYNC packet comes before what follows here.
-	EventFlush
-	// EventRAMEnd: the END of the RAM section (EOS record and footer); a
-	// synchronisation point as EventSectionEnd is.
+	// EventSync: a multifd synchronisation point, given by a MULTIFD_FLUSH
+	// record or, without Setup.MultifdFlush, by an EOS record. Whatever was sent
+	// on the multifd channels before their next SYNC packet comes before what
+	// follows here. It is delivered when the record has arrived, not a byte
+	// later, because the source may send no more before the channels move on; so
+	// those of the START come before EventRAMStart. Setup.RAM is known at the
+	// first one, but Setup.Early is not.
+	EventSync
+	// EventRAMEnd: the END of the RAM section (EOS record and footer).
 	EventRAMEnd
 	// EventPackage: a PACKAGED command; Event.Payload is the package.
 	EventPackage
@@ -58,7 +60,7 @@ const (
 var eventNames = [...]string{
 	EventSetup: "setup", EventCommand: "command", EventRAMStart: "ram start",
 	EventPage: "page", EventZero: "zero page", EventSectionEnd: "section end",
-	EventFlush: "multifd flush", EventRAMEnd: "ram end", EventPackage: "package",
+	EventSync: "multifd sync", EventRAMEnd: "ram end", EventPackage: "package",
 	EventTail: "tail", EventEnd: "end",
 }
 
@@ -146,7 +148,7 @@ type Setup struct {
 	// stream; else they are pages.Size and the truth must come from elsewhere.
 	Postcopy bool
 	// MultifdFlush is true if the source marks multifd synchronisation points by
-	// MULTIFD_FLUSH records (EventFlush), false if each EOS record is one, as
+	// MULTIFD_FLUSH records, false if each EOS record is one, as
 	// with machine types up to 8.0. Without multifd it is false.
 	MultifdFlush bool
 	// RAM is the START of the RAM section.

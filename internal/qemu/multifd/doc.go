@@ -26,8 +26,9 @@
 //
 // Which of the two holds tells the START of the RAM section: it has a
 // MULTIFD_FLUSH record before its EOS in the first case and none in the second
-// (QEMU migration/ram.c, property "multifd-flush-after-each-section"). QEMU 8.1
-// sends the record although multifd is off; then it means nothing.
+// (QEMU migration/ram.c, property "multifd-flush-after-each-section"). The decoder
+// of the main connection reports both as the same event. QEMU 8.1.0 to 8.1.2 send
+// MULTIFD_FLUSH although multifd is off; then it means nothing.
 //
 // Between two points QEMU sends a page once, but for a race up to version 7.2 by
 // which the last page of a packet may be the first of the next one too, on another

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"scattergather.io/scattergather/internal/qemu"
 	"scattergather.io/scattergather/internal/qemu/multifd"
 	"scattergather.io/scattergather/internal/qemu/qmp"
 )
@@ -36,11 +37,11 @@ func TestMemoryOfARealGuestArrives(t *testing.T) {
 			sink := newSink(t)
 			want := sink.receive(t, src)
 			v := src.Version()
-			if modern := v.Major > 8 || v.Major == 8 && v.Minor >= 1; sink.main.flushing != (modern && tc.flushing) {
-				t.Errorf("QEMU %v, machine %s: MULTIFD_FLUSH records: %v", v, tc.machine, sink.main.flushing)
+			if modern := v.Major > 8 || v.Major == 8 && v.Minor >= 1; sink.flushing != (modern && tc.flushing) {
+				t.Errorf("QEMU %v, machine %s: MULTIFD_FLUSH records: %v", v, tc.machine, sink.flushing)
 			}
-			if sink.main.syncs < 4 || sink.barrier.Passed() != uint64(sink.main.syncs) {
-				t.Errorf("%d points, %d passed", sink.main.syncs, sink.barrier.Passed())
+			if sink.syncs < 4 || sink.barrier.Passed() != uint64(sink.syncs) {
+				t.Errorf("%d points, %d passed", sink.syncs, sink.barrier.Passed())
 			}
 			for id := range channels {
 				if sink.normal[id].Load() == 0 {
@@ -57,7 +58,7 @@ func TestMemoryOfARealGuestArrives(t *testing.T) {
 			if w := binary.LittleEndian.Uint32(want[dirtyFrom:]); w < 2 {
 				t.Errorf("the guest wrote %d times", w)
 			}
-			t.Logf("QEMU %v: %d points, pages %d %d %d, zero %d", v, sink.main.syncs, sink.normal[0].Load(), sink.normal[1].Load(), sink.normal[2].Load(), sink.zero.Load())
+			t.Logf("QEMU %v: %d points, pages %d %d %d, zero %d", v, sink.syncs, sink.normal[0].Load(), sink.normal[1].Load(), sink.normal[2].Load(), sink.zero.Load())
 		})
 	}
 }
@@ -66,7 +67,8 @@ func TestMemoryOfARealGuestArrives(t *testing.T) {
 type sink struct {
 	listener net.Listener
 	barrier  *multifd.Barrier
-	main     *mainConnection
+	syncs    int  // on the main connection
+	flushing bool // MULTIFD_FLUSH records marked them
 	normal   [channels]atomic.Int64
 	zero     atomic.Int64
 
@@ -137,8 +139,7 @@ func (s *sink) serve(ctx context.Context, conn net.Conn) error {
 		return err
 	}
 	if binary.BigEndian.Uint32(first) != multifd.Magic {
-		s.main = &mainConnection{r: r, zero: s.clear, sync: func() error { return s.barrier.Main(ctx) }}
-		return s.main.run()
+		return s.readMain(ctx, r)
 	}
 	rx := multifd.NewReceiver(r, multifd.Options{})
 	h, err := rx.Hello()
@@ -161,6 +162,28 @@ func (s *sink) serve(ctx context.Context, conn net.Conn) error {
 		s.normal[h.ID].Add(int64(len(p.Normal)))
 		if p.Flags.Sync() {
 			if err := s.barrier.Channel(ctx, int(h.ID)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (s *sink) readMain(ctx context.Context, r io.Reader) error {
+	d := qemu.NewDecoder(r, qemu.DecoderOptions{Multifd: true})
+	var ev qemu.Event
+	for {
+		err := d.Next(&ev)
+		switch {
+		case err == io.EOF:
+			s.flushing = d.Setup().MultifdFlush
+			return nil
+		case err != nil:
+			return err
+		case ev.Kind == qemu.EventZero:
+			s.clear(d.Setup().RAM.Blocks[ev.Block].Name, ev.Offset)
+		case ev.Kind == qemu.EventSync:
+			s.syncs++
+			if err := s.barrier.Main(ctx); err != nil {
 				return err
 			}
 		}

@@ -256,7 +256,7 @@ func receive(r io.Reader, w io.Writer, m *monitor, s scenario) (uint64, error) {
 			if ev.Command == qemu.CommandPing {
 				out = qemu.AppendPong(out, ev.Ping)
 			}
-		case qemu.EventSetup, qemu.EventFlush, qemu.EventRAMEnd, qemu.EventTail:
+		case qemu.EventSetup, qemu.EventSync, qemu.EventRAMEnd, qemu.EventTail:
 			log.Printf("  %v at %d, %d bytes", ev.Kind, d.Offset(), len(ev.Payload))
 		case qemu.EventPackage:
 			pings, err := qemu.PackagePings(ev.Payload)
