@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gather
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/go-logr/logr/testr"
+	"go.uber.org/goleak"
+
+	"scattergather.io/scattergather/internal/pages"
+	"scattergather.io/scattergather/internal/qemu"
+	"scattergather.io/scattergather/internal/wire"
+	"scattergather.io/scattergather/internal/wire/wiretest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// fakePackage is a device state as QEMU's decoder takes it: LISTEN, something, PING 3,
+// RUN.
+var fakePackage = qemu.WrapTail([]byte("\x04device state"), 3)
+
+var fakeConfig = []byte("QEVM\x00\x00\x00\x03\x07\x00\x00\x00\x02pc")
+
+// content is version v of page i; a page that is zero by the test's plan never asks.
+func content(i pages.Index, v pages.Version) []byte {
+	data := make([]byte, pages.Size)
+	for k := 0; k < len(data); k += 16 {
+		binary.LittleEndian.PutUint64(data[k:], uint64(i)*0x9e3779b97f4a7c15+uint64(k))
+		binary.LittleEndian.PutUint64(data[k+8:], uint64(v)+1)
+	}
+	return data
+}
+
+// bed is one migration: an engine, the QEMU it feeds, a scripted source and scripted
+// intermediaries.
+type bed struct {
+	t      *testing.T
+	id     wire.MigrationID
+	key    wire.Key
+	sealer *wire.Sealer
+	blocks []pages.Block
+	layout *pages.Layout
+	q      *fakeQEMU
+	dir    string
+	cfg    Config
+
+	holders []*intermediary
+	source  wire.Options
+	ln      *wire.Listener
+
+	engine *Engine
+	cancel context.CancelFunc
+	done   chan struct{}
+	res    Result
+	err    error
+
+	journal *wire.Journal
+	conn    *wire.Conn
+	events  chan wire.Frame // of the control lane, but Applied and Credit
+	wants   chan pages.Index
+	acks    chan uint64
+	wg      sync.WaitGroup
+
+	mu     sync.Mutex
+	credit uint64
+	seq    uint64
+	// want is what each page has to hold at the end; nil for zeros.
+	want map[pages.Index][]byte
+}
+
+func newBed(t *testing.T, holders int, blocks ...pages.Block) *bed {
+	t.Helper()
+	l, err := pages.NewLayout(blocks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bed{
+		t: t, id: wire.NewMigrationID(), key: wire.NewKey(), blocks: blocks, layout: l,
+		q: newFakeQEMU(t, fakeConfig, blocks), dir: filepath.Join(t.TempDir(), "state"),
+		source: wiretest.Node(t, "source"), journal: wire.NewJournal(),
+		events: make(chan wire.Frame, 64), wants: make(chan pages.Index, 1024), acks: make(chan uint64, 1024),
+		want: map[pages.Index][]byte{},
+	}
+	b.sealer = wire.NewSealer(b.key)
+	b.cfg = Config{
+		Migration: b.id, StateDir: b.dir, Wire: wiretest.Node(t, "destination"),
+		Connect: b.q.connect, Recover: b.q.recover, Log: logr.Discard(),
+		OpenTimeout: 5 * time.Second, SourceGrace: 5 * time.Second, DissolveTimeout: 2 * time.Second,
+	}
+	if testing.Verbose() {
+		b.cfg.Log = testr.New(t)
+	}
+	for k := range holders {
+		b.holders = append(b.holders, newIntermediary(t, wire.Identity(fmt.Sprintf("i%d", k))))
+	}
+	b.ln = wiretest.Listen(t, b.cfg.Wire)
+	t.Cleanup(b.close)
+	return b
+}
+
+func (b *bed) close() {
+	if b.conn != nil {
+		b.conn.Close()
+	}
+	b.wg.Wait()
+	if b.cancel != nil {
+		b.cancel()
+		<-b.done
+	}
+}
+
+// start makes and runs the engine.
+func (b *bed) start() {
+	b.t.Helper()
+	e, err := New(b.cfg)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.run(e)
+}
+
+func (b *bed) run(e *Engine) {
+	ctx, cancel := context.WithCancel(context.Background())
+	b.engine, b.cancel, b.done = e, cancel, make(chan struct{})
+	done := b.done
+	go func() {
+		defer close(done)
+		b.res, b.err = e.Run(ctx)
+	}()
+}
+
+// dial connects the source and gives the connection to the engine.
+func (b *bed) dial() {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	conn, err := wire.Dial(ctx, b.source, b.ln.Addr().String(), "destination", wire.SourceToDestination, b.id)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	accepted, err := b.ln.Accept(ctx)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := b.engine.Attach(accepted); err != nil {
+		b.t.Fatal(err)
+	}
+	var f wire.Frame
+	if err := conn.Control().Receive(&f); err != nil || f.Type != wire.TypeResume {
+		b.t.Fatalf("the engine began with %v, %v", f.Type, err)
+	}
+	r, err := wire.ParseResume(f.Body)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.conn = conn
+	b.mu.Lock()
+	b.credit = 0
+	b.mu.Unlock()
+	b.wg.Go(func() { b.control(conn) })
+	b.wg.Go(func() { b.pagesLane(conn.Urgent()) })
+	for k := range conn.Lanes() {
+		b.wg.Go(func() { b.pagesLane(conn.Bulk(k)) })
+	}
+	if err := b.journal.Attach(conn.Control(), r.Applied); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *bed) control(conn *wire.Conn) {
+	for {
+		var f wire.Frame
+		if conn.Control().Receive(&f) != nil {
+			b.journal.Detach()
+			return
+		}
+		switch f.Type {
+		case wire.TypeApplied:
+			if err := b.journal.Applied(f.Seq); err != nil {
+				b.t.Error(err)
+			}
+		case wire.TypeCredit:
+			c, err := wire.ParseCredit(f.Body)
+			if err != nil {
+				b.t.Error(err)
+			}
+			b.mu.Lock()
+			b.credit = max(b.credit, c.Bytes)
+			b.mu.Unlock()
+		default:
+			b.events <- f
+		}
+	}
+}
+
+func (b *bed) pagesLane(l *wire.Lane) {
+	var f wire.Frame
+	for l.Receive(&f) == nil {
+		switch f.Type {
+		case wire.TypeAck:
+			b.acks <- f.Seq
+		case wire.TypeWant:
+			list, err := wire.ParseWant(nil, f.Body)
+			if err != nil {
+				b.t.Error(err)
+			}
+			for _, i := range list {
+				b.wants <- i
+			}
+		default:
+			b.t.Errorf("the engine sent %v on a pages lane", f.Type)
+		}
+	}
+}
+
+// expect waits for a frame of the control lane.
+func (b *bed) expect(want wire.Type) wire.Frame {
+	b.t.Helper()
+	for {
+		select {
+		case f := <-b.events:
+			if f.Type == want {
+				return f
+			}
+			if f.Type == wire.TypeReady || f.Type == wire.TypeLoaded {
+				continue // repeated after a reconnect
+			}
+			if f.Type == wire.TypeError {
+				b.t.Fatalf("waiting for %v: %v", want, peerError(f.Body))
+			}
+			b.t.Fatalf("%v in place of %v", f.Type, want)
+		case <-time.After(10 * time.Second):
+			b.t.Fatalf("no %v", want)
+		}
+	}
+}
+
+func (b *bed) send(m wire.Message) {
+	b.t.Helper()
+	if _, err := b.journal.Send(m); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// describe sends Setup.
+func (b *bed) describe() {
+	b.t.Helper()
+	su := &wire.Setup{
+		Key: b.key, Strategy: "immediate", Machine: "pc", Config: fakeConfig,
+		Section: fakeSection, Version: 4, Blocks: b.blocks,
+	}
+	for _, h := range b.holders {
+		su.Holders = append(su.Holders, wire.Holder{
+			Name: string(h.node), Addr: h.ln.Addr().String(), Identity: h.node, Session: h.session,
+		})
+	}
+	b.send(su)
+}
+
+// handOver sends the device state in two chunks.
+func (b *bed) handOver() {
+	b.t.Helper()
+	total, cut := uint64(len(fakePackage)), len(fakePackage)/2
+	b.send(&wire.State{Phase: wire.PhaseSwitched})
+	b.send(&wire.Package{Total: total, Data: fakePackage[:cut]})
+	b.send(&wire.Package{Total: total, Offset: uint64(cut), Data: fakePackage[cut:]})
+}
+
+// open brings the migration to where the guest runs at the destination.
+func (b *bed) open() {
+	b.t.Helper()
+	b.start()
+	b.dial()
+	b.describe()
+	b.expect(wire.TypeReady)
+	b.handOver()
+	b.expect(wire.TypeLoaded)
+}
+
+// direct sends pages straight to the destination and waits for the acknowledgement.
+func (b *bed) direct(lane *wire.Lane, v pages.Version, list ...pages.Index) {
+	b.t.Helper()
+	for len(list) > 0 {
+		n := min(len(list), wire.MaxBatch)
+		b.batch(lane, v, list[:n])
+		select {
+		case <-b.acks:
+		case <-time.After(10 * time.Second):
+			b.t.Fatal("no acknowledgement")
+		}
+		list = list[n:]
+	}
+}
+
+func (b *bed) batch(lane *wire.Lane, v pages.Version, list []pages.Index) {
+	b.t.Helper()
+	b.mu.Lock()
+	b.seq++
+	seq := b.seq
+	b.mu.Unlock()
+	batch := wire.NewBatch()
+	batch.Reset(seq)
+	for _, i := range list {
+		data := content(i, v)
+		batch.Append(b.sealer, i, v, wire.EncodingRaw, data)
+		b.want[i] = data
+	}
+	if err := lane.SendBatch(batch); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// scatter puts pages at an intermediary and tells the destination.
+func (b *bed) scatter(k int, v pages.Version, list ...pages.Index) {
+	b.t.Helper()
+	var recs wire.Records
+	h, _ := pages.HolderOf(k)
+	for _, i := range list {
+		b.holders[k].put(b.sealer, i, v)
+		b.want[i] = content(i, v)
+		recs = append(recs, pages.Record{First: i, Count: 1, Holder: h, Version: v})
+	}
+	b.records(recs)
+}
+
+func (b *bed) zeros(v pages.Version, list ...pages.Index) {
+	b.t.Helper()
+	var recs wire.Records
+	for _, i := range list {
+		b.want[i] = nil
+		recs = append(recs, pages.Record{First: i, Count: 1, Holder: pages.Zero, Version: v})
+	}
+	b.records(recs)
+}
+
+func (b *bed) records(recs wire.Records) {
+	b.t.Helper()
+	for len(recs) > 0 {
+		n := min(len(recs), wire.MaxRecords)
+		b.send(recs[:n])
+		recs = recs[n:]
+	}
+}
+
+// commit commits all pages that were sent.
+func (b *bed) commit() {
+	b.t.Helper()
+	b.send(&wire.Commit{Pages: uint64(len(b.want))})
+	f := b.expect(wire.TypeCommitted)
+	if c, err := wire.ParseCommitted(f.Body); err != nil || c.Pages != uint64(len(b.want)) {
+		b.t.Fatalf("committed %d, %v", c.Pages, err)
+	}
+	b.send(&wire.State{Phase: wire.PhaseReleased})
+}
+
+// finish waits for the engine and checks every page.
+func (b *bed) finish() {
+	b.t.Helper()
+	select {
+	case <-b.done:
+	case <-time.After(20 * time.Second):
+		b.t.Fatalf("not finished: %+v", b.engine.Progress())
+	}
+	if b.err != nil {
+		b.t.Fatal(b.err)
+	}
+	b.q.mu.Lock()
+	defer b.q.mu.Unlock()
+	if b.q.err != nil {
+		b.t.Fatal("QEMU:", b.q.err)
+	}
+	if !b.q.complete {
+		b.t.Fatal("QEMU was not given everything")
+	}
+	for i := pages.Index(0); uint64(i) < b.layout.Pages(); i++ {
+		want := b.want[i]
+		if want == nil {
+			want = make([]byte, pages.Size)
+		}
+		if !bytes.Equal(b.q.mem[i*pages.Size:(i+1)*pages.Size], want) {
+			b.t.Fatalf("page %d is wrong: %x..., want %x...", i, b.q.mem[i*pages.Size:][:24], want[:24])
+		}
+		if _, known := b.want[i]; known && !b.q.placed.Test(i) {
+			b.t.Fatalf("page %d was never placed", i)
+		}
+	}
+	for _, h := range b.holders {
+		if !h.isDissolved() {
+			b.t.Errorf("intermediary %s was not dissolved", h.node)
+		}
+	}
+}
+
+// fail waits for the engine to end with an error.
+func (b *bed) fail(want error) {
+	b.t.Helper()
+	select {
+	case <-b.done:
+	case <-time.After(20 * time.Second):
+		b.t.Fatalf("not finished: %+v", b.engine.Progress())
+	}
+	if !errors.Is(b.err, want) {
+		b.t.Fatalf("ended with %v, want %v", b.err, want)
+	}
+}
+
+// guest runs threads that touch pages in random order and wait for each.
+func (b *bed) guest(threads, touches int, seed uint64) *sync.WaitGroup {
+	var wg sync.WaitGroup
+	for k := range threads {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(seed, uint64(k)))
+			for range touches {
+				i := pages.Index(r.Uint64N(b.layout.Pages()))
+				if b.q.fault(i) {
+					b.q.await(i)
+				}
+			}
+		})
+	}
+	return &wg
+}
+
+// seq returns the pages from first to last-1.
+func seq(first, end pages.Index) (list []pages.Index) {
+	for i := first; i < end; i++ {
+		list = append(list, i)
+	}
+	return list
+}
