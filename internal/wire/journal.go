@@ -11,7 +11,8 @@ import (
 // yet, so that they can be sent again when the connection was lost. It numbers them
 // from 1. It is safe for concurrent use.
 //
-// A source journals Setup, Holders, Records, Package, State and Commit.
+// A source journals everything it says on the control lane: Setup, Holders, Records,
+// Package, State, Commit and Abort.
 type Journal struct {
 	// sending keeps frames in order on the lane. It is held while a lane blocks, so
 	// Applied, which the receiver of the same lane calls, must not need it.

@@ -11,10 +11,11 @@ import (
 )
 
 const (
-	// notSent bounds what waits in a socket before it is sent, in bytes: it would
-	// only add to the delay that the sender's window measures. A bulk lane needs
-	// enough to be kept busy while its sender is not running.
-	notSentBulk  = 512 << 10
+	// notSentBulk and notSentSmall bound what waits unsent in a socket, in bytes. More
+	// would only add to the delay that the sender's window measures. On bulk lanes
+	// it also is faster than the kernel's default of no bound: what is sent is still
+	// in the processor's cache.
+	notSentBulk  = 128 << 10
 	notSentSmall = 64 << 10
 	// interactive is the kernel's TC_PRIO_INTERACTIVE (linux/pkt_sched.h): the
 	// node's own queue lets these packets pass bulk.
