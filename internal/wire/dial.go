@@ -91,7 +91,10 @@ func (d *dialling) control(ctx context.Context) (*tls.ConnectionState, error) {
 		return nil, err
 	}
 	session, err := d.greet(ctx, raw, credentials)
-	if err != nil || !stop() {
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
 		raw.Close()
 		return nil, err
 	}
