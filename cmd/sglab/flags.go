@@ -4,6 +4,8 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -11,6 +13,7 @@ import (
 
 	"scattergather.io/scattergather/internal/lab"
 	"scattergather.io/scattergather/internal/lab/guest"
+	"scattergather.io/scattergather/internal/scatter"
 )
 
 // rate is a flag for bits per second, written like 1.6G, 200M or 0.
@@ -107,7 +110,24 @@ func (f *sceneFlags) spec() (lab.Spec, error) {
 	return s, s.Validate()
 }
 
-func allMethods() []lab.Method { return lab.Stock() }
+func allMethods() []lab.Method {
+	options := lab.AgentOptions{Binary: agentBinary()}
+	return append(lab.Stock(),
+		lab.NewScatterGather(scatter.Immediate, options), lab.NewScatterGather(scatter.Hybrid, options))
+}
+
+// agentBinary is the agent that was built beside this program, or the one that
+// SG_AGENT names.
+func agentBinary() string {
+	if path := os.Getenv("SG_AGENT"); path != "" {
+		return path
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "agent" // looked up in PATH
+	}
+	return filepath.Join(filepath.Dir(self), "agent")
+}
 
 func methodNames() string {
 	var names []string

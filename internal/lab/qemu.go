@@ -86,6 +86,10 @@ type QEMU struct {
 	*Process
 	QMP *qmp.Client
 
+	// Monitor is the unix socket of a second QEMU monitor, for an agent: one
+	// monitor serves one client at a time, and the first is the lab's.
+	Monitor string
+
 	// Telemetry is the unix socket of the guest's second serial port, for
 	// Guest.Attach.
 	Telemetry string
@@ -109,6 +113,7 @@ func (c QEMUConfig) arguments(q *QEMU) []string {
 		"-accel", c.Assets.Accelerator, "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.Guest.CPUs)),
 		"-kernel", c.Assets.Kernel, "-initrd", c.Assets.Initramfs, "-append", KernelCommandLine(c.Guest),
 		"-qmp", "unix:" + q.socket + ",server=on,wait=off",
+		"-qmp", "unix:" + q.Monitor + ",server=on,wait=off",
 		"-serial", "file:" + q.console,
 		"-chardev", "socket,id=telemetry,path=" + q.Telemetry + ",server=on,wait=off", "-serial", "chardev:telemetry",
 	}
@@ -125,7 +130,7 @@ func StartQEMU(ctx context.Context, node *Node, c QEMUConfig) (*QEMU, error) {
 		return nil, fmt.Errorf("starting %s: %w", c.Name, err)
 	}
 	base := filepath.Join(node.run.Path, c.Name)
-	q := &QEMU{Telemetry: base + ".telemetry", socket: base + ".qmp", console: base + ".console"}
+	q := &QEMU{Telemetry: base + ".telemetry", Monitor: base + ".monitor", socket: base + ".qmp", console: base + ".console"}
 	var err error
 	if q.Process, err = node.Start(c.Name, exec.Command(c.Assets.QEMU, c.arguments(q)...)); err != nil {
 		return nil, err

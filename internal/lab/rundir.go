@@ -21,6 +21,9 @@ import (
 // on tmpfs: a reboot is the most thorough clean-up.
 const stateRoot = "/run/scattergather-lab"
 
+// sharedRoot is a tmpfs on every Linux machine; /run is not everywhere.
+const sharedRoot = "/dev/shm"
+
 // namespacePrefix begins the name of every network namespace of every run.
 const namespacePrefix = "sglab-"
 
@@ -82,6 +85,19 @@ func lockFile(path string) (*os.File, error) {
 // namespace is the name of a node's network namespace.
 func (r *RunDir) namespace(node string) string { return namespacePrefix + r.ID + "-" + node }
 
+// shared is the run's directory on tmpfs.
+func shared(id string) string { return filepath.Join(sharedRoot, namespacePrefix+id) }
+
+// Shared makes a directory on tmpfs that goes with the run, for what has to be in
+// memory and to outlive the process that made it.
+func (r *RunDir) Shared(name string) (string, error) {
+	dir := filepath.Join(shared(r.ID), name)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("making a directory on tmpfs: %w", err)
+	}
+	return dir, nil
+}
+
 // record notes a process, so that a later run can end it and nothing else: a
 // number alone may by then belong to another.
 func (r *RunDir) record(pid int) error {
@@ -98,7 +114,7 @@ func (r *RunDir) record(pid int) error {
 // Close removes the run's directory and its namespaces. Its processes must have
 // ended.
 func (r *RunDir) Close() error {
-	err := errors.Join(removeNamespaces(namespacePrefix+r.ID+"-"), os.RemoveAll(r.Path))
+	err := errors.Join(removeNamespaces(namespacePrefix+r.ID+"-"), os.RemoveAll(shared(r.ID)), os.RemoveAll(r.Path))
 	return errors.Join(err, r.journal.Close(), r.lock.Close())
 }
 
@@ -138,7 +154,7 @@ func Clean() ([]string, error) {
 			return cleared, fmt.Errorf("clearing the crashed run %s: %w", e.Name(), err)
 		}
 		endRecorded(filepath.Join(path, "journal"))
-		err = errors.Join(removeNamespaces(namespacePrefix+e.Name()+"-"), os.RemoveAll(path), lock.Close())
+		err = errors.Join(removeNamespaces(namespacePrefix+e.Name()+"-"), os.RemoveAll(shared(e.Name())), os.RemoveAll(path), lock.Close())
 		if err != nil {
 			return cleared, fmt.Errorf("clearing the crashed run %s: %w", e.Name(), err)
 		}
