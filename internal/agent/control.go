@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"time"
 )
@@ -89,6 +90,8 @@ func (a *Agent) routes() http.Handler {
 		refuse(w, http.StatusNotFound, unknown(r.PathValue("id")))
 	})
 	mux.HandleFunc("GET /v1/migrations/{id}/watch", a.handleWatch)
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("DELETE /v1/migrations/{id}", a.handleCancel)
 	return mux
 }
