@@ -110,7 +110,7 @@ type Config struct {
 	// Grace is how long intermediaries keep pages when neither source nor
 	// destination is connected; default 10 min.
 	Grace time.Duration
-	// FlightBytes bounds the memory for batches under way; default 64 MiB.
+	// FlightBytes bounds the bytes under way that are not acknowledged; default 64 MiB.
 	FlightBytes int
 	// DirectTarget and IntermediaryTarget are the queueing delays that the engine
 	// tolerates to the destination and to an intermediary; defaults 15 ms and 8 ms.
@@ -129,9 +129,6 @@ var (
 	// QEMU was not closed then: it leaks on purpose and lives as long as the process.
 	ErrStalled = errors.New("the guest has left the source but its memory has not")
 )
-
-// batchBytes is what a batch takes in memory.
-const batchBytes = wire.MaxBatch*(wire.MaxSealed+16) + 64
 
 func (c *Config) setDefaults() {
 	def := func(d *time.Duration, v time.Duration) {

@@ -76,12 +76,7 @@ func parseError(body []byte) error {
 // ends the migration when it is lost before the hand-over, any later one is replaced.
 func (e *Engine) serveDestination(c *wire.Conn, applied uint64) {
 	for {
-		err := e.journal.Attach(c.Control(), applied)
-		if err == nil {
-			err = e.runDestination(c)
-		} else {
-			c.Close()
-		}
+		err := e.runDestination(c, applied)
 		e.journal.Detach()
 		e.mu.Lock()
 		lost := e.holders[0].detach(err)
@@ -98,10 +93,11 @@ func (e *Engine) serveDestination(c *wire.Conn, applied uint64) {
 	}
 }
 
-// runDestination serves one connection until it ends.
-func (e *Engine) runDestination(c *wire.Conn) error {
-	h := e.holders[0]
+// runDestination serves one connection until it ends. What the destination has not
+// applied is sent again while its answers are read, or both could wait for each other.
+func (e *Engine) runDestination(c *wire.Conn, applied uint64) error {
 	e.mu.Lock()
+	h := e.holders[0]
 	h.attach(c, 0)
 	if e.phase == Committing && !e.committed {
 		e.askCommit()
@@ -111,6 +107,13 @@ func (e *Engine) runDestination(c *wire.Conn) error {
 	var scratch []pages.Index
 	urgent := c.Urgent()
 	return l.run(
+		func() error {
+			if err := e.journal.Attach(c.Control(), applied); err != nil {
+				return err
+			}
+			<-c.Done()
+			return c.Err()
+		},
 		func() error { return l.receive(c.Control(), e.fromDestination) },
 		func() error {
 			return l.receive(urgent, func(f *wire.Frame) error { return l.answerUrgent(f, &scratch) })
@@ -155,7 +158,7 @@ func (e *Engine) fromDestination(f *wire.Frame) error {
 		if err := e.journal.Applied(f.Seq); err != nil {
 			return err
 		}
-		e.noteJournal()
+		e.noteJournal(false)
 		return nil
 	case wire.TypeCommitted:
 		return e.onCommitted(f.Body)

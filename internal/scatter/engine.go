@@ -18,12 +18,11 @@ import (
 // Engine scatters one VM. Its methods are safe for concurrent use; Run may be called
 // once.
 type Engine struct {
-	cfg        Config
-	log        logr.Logger
-	key        wire.Key
-	sealer     *wire.Sealer
-	journal    *wire.Journal
-	maxFlights int
+	cfg     Config
+	log     logr.Logger
+	key     wire.Key
+	sealer  *wire.Sealer
+	journal *wire.Journal
 
 	// ctx ends when the engine stops, after a roll-back. Every goroutine is counted
 	// in wg.
@@ -40,30 +39,27 @@ type Engine struct {
 	phase   Phase
 	since   time.Time
 	stalled string
-	// failure ends the engine; condemned is a failure that awaits the decision of
-	// survives.
-	failure, condemned error
+	failure error // ends the engine
 	// ready, loaded, committed: what the destination said. handed: the device state
 	// was given to the control lane. drained: QEMU has sent its last page.
 	ready, loaded, committed, handed, drained, switched, converges bool
 
-	source   *source
-	layout   *pages.Layout
-	ledger   *pages.Ledger
-	safe     *pages.Bitmap // newest version acknowledged, and told where needed
-	wanted   *pages.Bitmap // wanted at the destination and still at QEMU
-	holders  []*holder     // 0 is the destination
-	leftOut  []Leg
-	looks    []candidate
-	pool     flights
-	backlog  []*flight
-	urgent   urgentLane
-	out      outbox
-	counts   PageCounts
-	result   Result
-	pings    []uint32 // of the package, answered when it is loaded
-
-	journalBytes int
+	source  *source
+	layout  *pages.Layout
+	ledger  *pages.Ledger
+	safe    *pages.Bitmap // newest version acknowledged, and told where needed
+	wanted  *pages.Bitmap // wanted at the destination and still at QEMU
+	holders []*holder     // 0 is the destination
+	leftOut []Leg
+	looks   []candidate
+	pool    flights
+	backlog []*flight
+	waiting int // pages in backlog
+	urgent  urgentLane
+	out     outbox
+	counts  PageCounts
+	result  Result
+	pings   []uint32 // of the package, answered when it is loaded
 
 	subMu     sync.Mutex
 	subs      map[chan Progress]struct{}
@@ -75,7 +71,7 @@ var errDone = errors.New("the migration is complete")
 
 // settleTimeout is how long a failure between the switch and the package waits for
 // the package: see Engine.survives.
-const settleTimeout = 3 * time.Second
+const settleTimeout = 2 * time.Second
 
 // farewellTimeout bounds the wait for the destination to confirm that it heard of the
 // release, which nothing depends on.
@@ -89,8 +85,7 @@ func New(cfg Config) (*Engine, error) {
 	cfg.setDefaults()
 	e := &Engine{
 		cfg: cfg, log: cfg.Log, key: wire.NewKey(), journal: wire.NewJournal(),
-		maxFlights: max(cfg.FlightBytes/batchBytes, 8), since: time.Now(),
-		subs: map[chan Progress]struct{}{},
+		since: time.Now(), subs: map[chan Progress]struct{}{},
 	}
 	e.sealer = wire.NewSealer(e.key)
 	e.changed, e.room, e.outWake = sync.NewCond(&e.mu), sync.NewCond(&e.mu), sync.NewCond(&e.mu)
@@ -186,7 +181,7 @@ func (e *Engine) release() error {
 	e.mu.Unlock()
 	ctx, cancel := context.WithTimeout(e.ctx, farewellTimeout)
 	defer cancel()
-	if err := e.wait(ctx, func() bool { return e.out.empty() && e.journalBytes == 0 }); err != nil {
+	if err := e.wait(ctx, func() bool { return e.out.empty() && e.unapplied() == 0 }); err != nil {
 		e.log.V(1).Info("The destination did not confirm the end", "reason", err.Error())
 	}
 	return nil
@@ -228,10 +223,6 @@ func (e *Engine) survives(err error) bool {
 		e.fail(err)
 		return false
 	}
-	if e.condemned == nil {
-		e.condemned = err
-	}
-	e.room.Broadcast()
 	e.mu.Unlock()
 	ctx, cancel := context.WithTimeoutCause(e.ctx, settleTimeout, err)
 	defer cancel()

@@ -31,7 +31,7 @@ func (e *Engine) slot() *flight {
 	if n := len(e.urgent.queue); n > 0 && !e.urgent.queue[n-1].batch.Full() {
 		return e.urgent.queue[n-1]
 	}
-	f := e.pool.take(e.maxFlights + settleSpill + urgentFlights)
+	f := e.pool.take(maxFlights + urgentFlights)
 	if f != nil {
 		e.urgent.queue = append(e.urgent.queue, f)
 	}
@@ -74,6 +74,7 @@ func (e *Engine) repeat(from *flight, p pageRef) {
 
 func (e *Engine) urge(f *flight, i pages.Index, v pages.Version, sealed int) {
 	f.add(i, v, sealed)
+	e.pool.bytes += sealed
 	e.holders[0].used += uint64(sealed)
 	e.urgent.wake.Signal()
 }

@@ -13,14 +13,16 @@ import (
 const pageBytes = uint64(pages.Size)
 
 const (
-	// spill is how many batches more than usual may wait in the backlog while the
-	// destination's guest waits for a page that lies behind them in QEMU's stream:
-	// more than what QEMU and the socket can hold (some 512 KiB).
-	spill = 16
-	// settleSpill is the same between the switch and the package after a failure:
-	// see Engine.survives.
-	settleSpill = 64
-	// urgentFlights bounds the batches of the urgent lane that are under way.
+	// spill is how many pages may wait in the backlog without their reader waiting,
+	// while something urgent lies behind them in QEMU's stream: a page that the
+	// destination's guest waits for, or, from the request to switch on, the package,
+	// before whose arrival the guest runs nowhere. It is a multiple of what QEMU, the
+	// socket and the decoder can hold.
+	spill = 2048
+	// maxFlights bounds the batches that exist. Their buffers hold MaxBatch pages, but
+	// take memory only as far as they were ever filled.
+	maxFlights = 1024
+	// urgentFlights is how many batches more the urgent lane may have.
 	urgentFlights = 32
 )
 
@@ -69,9 +71,11 @@ func (f *flight) pages() []pageRef { return f.refs[:f.n] }
 type flights struct {
 	free []*flight
 	live int
+	// bytes of sealed pages in flights that were placed.
+	bytes int
 }
 
-// take returns an empty flight, or nil when limit are under way.
+// take returns an empty flight, or nil when that many exist already.
 func (p *flights) take(limit int) *flight {
 	if p.live >= limit {
 		return nil
@@ -85,33 +89,34 @@ func (p *flights) take(limit int) *flight {
 	return &flight{batch: wire.NewBatch()}
 }
 
+// put ends a flight that was placed.
 func (p *flights) put(f *flight) {
+	p.bytes -= f.sealed
+	p.live--
 	f.n, f.sealed, f.verdict = 0, 0, unanswered
 	f.batch.Reset(0)
-	p.live--
 	p.free = append(p.free, f)
 }
 
-// slack is how many batches may wait in the backlog without their reader waiting.
+// slack is how many pages may wait in the backlog without their reader waiting.
 func (e *Engine) slack() int {
-	switch {
-	case e.condemned != nil:
-		return settleSpill
-	case e.wanted.Count() > 0:
+	if e.switched && !e.handed || e.wanted.Count() > 0 {
 		return spill
 	}
 	return 0
 }
 
 // acquire returns an empty flight for a reader of the source's stream, which waits
-// while too many are under way. The caller holds e.mu.
+// while too much is under way. The caller holds e.mu.
 func (e *Engine) acquire() (*flight, error) {
 	for {
 		if err := e.stopped(); err != nil {
 			return nil, err
 		}
-		if f := e.pool.take(e.maxFlights + e.slack()); f != nil {
-			return f, nil
+		if e.pool.bytes < e.cfg.FlightBytes+e.slack()*wire.MaxSealed {
+			if f := e.pool.take(maxFlights); f != nil {
+				return f, nil
+			}
 		}
 		e.room.Wait()
 	}
@@ -124,9 +129,11 @@ func (e *Engine) place(f *flight, patience bool) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.catchWanted(f)
+	e.pool.bytes += f.sealed
 	e.backlog = append(e.backlog, f)
+	e.waiting += f.n
 	e.drain(time.Now())
-	for patience && (len(e.backlog) > e.slack() || e.congested()) {
+	for patience && (e.waiting > e.slack() || e.congested()) {
 		if err := e.stopped(); err != nil {
 			return err
 		}
@@ -144,6 +151,7 @@ func (e *Engine) drain(now time.Time) {
 		if to == nowhere {
 			return
 		}
+		e.waiting -= f.n
 		e.backlog[0] = nil
 		if e.backlog = e.backlog[1:]; len(e.backlog) == 0 {
 			e.backlog = nil
@@ -166,6 +174,7 @@ func (e *Engine) candidates(size, sealed int) []candidate {
 func (e *Engine) replace(lost []*flight) {
 	for _, f := range lost {
 		f.verdict = unanswered
+		e.waiting += f.n
 		e.counts.Replaced += uint64(f.n)
 	}
 	e.backlog = append(lost, e.backlog...)
@@ -202,5 +211,5 @@ func (e *Engine) batchPages() int {
 	}
 	direct := e.holders[0].window.Rate()
 	bytes := max(direct*0.002, total*0.0001)
-	return min(max(int(bytes)/pages.Size, 8), wire.MaxBatch)
+	return min(max(int(bytes)/pages.Size, 4), wire.MaxBatch)
 }

@@ -29,9 +29,9 @@ type holder struct {
 	// stored means that it has acknowledged pages.
 	session           wire.Session
 	dissolved, stored bool
-	window  *flow.Window
-	meter   flow.Meter
-	sent    uint64
+	window            *flow.Window
+	meter             flow.Meter
+	sent              uint64
 	// granted and used count sealed bytes: the destination's credit and what was sent
 	// to it on this connection, or the reservation and what was placed there.
 	granted, used uint64

@@ -115,10 +115,9 @@ func (e *Engine) join(r reserved) {
 // it the destination reads them when the intermediary is back.
 func (e *Engine) serveIntermediary(h *holder, c *wire.Conn) {
 	l := &link{e: e, h: h, c: c}
-	err := l.run(
-		func() error { return l.receive(c.Control(), func(f *wire.Frame) error { return e.fromIntermediary(h, f) }) },
-		func() error { return l.receive(c.Urgent(), unexpected) },
-	)
+	err := l.run(func() error {
+		return l.receive(c.Control(), func(f *wire.Frame) error { return e.fromIntermediary(h, f) })
+	})
 	e.mu.Lock()
 	trusted := h.stored
 	lost := h.detach(err)

@@ -152,9 +152,8 @@ func (e *Engine) Progress() Progress {
 	now := time.Now()
 	p := Progress{
 		Phase: e.phase, Stalled: e.stalled, Since: e.since, Pages: e.counts,
-		UrgentBytes: e.urgent.bytes, Left: -1,
+		UrgentBytes: e.urgent.bytes, ControlBytes: e.unapplied(), Left: -1,
 	}
-	_, p.ControlBytes = e.journal.Pending()
 	for i, h := range e.holders {
 		leg := h.leg(now)
 		p.Rate += leg.Rate

@@ -26,6 +26,8 @@ type outbox struct {
 	queue   []wire.Message
 	pending []pages.Record
 	spare   []pages.Record // the sender's, while it sends
+	// busy means that the sender has a message that the journal does not have yet.
+	busy bool
 }
 
 // record adds a page map record behind everything posted before. It is joined with
@@ -54,6 +56,7 @@ func (o *outbox) post(m wire.Message) {
 // next takes the next message; it is valid until the next call. Records are taken only
 // when nothing is posted before them.
 func (o *outbox) next() (m wire.Message, ok bool) {
+	defer func() { o.busy = ok }()
 	if len(o.queue) > 0 {
 		m = o.queue[0]
 		o.queue[0] = nil
@@ -71,7 +74,8 @@ func (o *outbox) next() (m wire.Message, ok bool) {
 	return wire.Records(o.spare), true
 }
 
-func (o *outbox) empty() bool { return len(o.queue) == 0 && len(o.pending) == 0 }
+// empty tells whether the journal has everything that was told and posted.
+func (o *outbox) empty() bool { return len(o.queue) == 0 && len(o.pending) == 0 && !o.busy }
 
 // tell queues a record and wakes the sender; the caller holds e.mu.
 func (e *Engine) tell(r pages.Record) {
@@ -104,23 +108,30 @@ func (e *Engine) sendControl() {
 			e.fail(err)
 			return
 		}
-		e.noteJournal()
+		e.noteJournal(true)
 	}
 }
 
-// noteJournal learns how much the destination has not applied, outside e.mu because
-// the journal may be waiting for the network.
-func (e *Engine) noteJournal() {
-	_, n := e.journal.Pending()
+// noteJournal tells those who wait for the journal that it has changed; sent is true
+// for the sender of control frames.
+func (e *Engine) noteJournal(sent bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.journalBytes = n
+	if sent {
+		e.out.busy = false
+	}
 	e.changed.Broadcast()
 	e.room.Broadcast()
+}
+
+// unapplied is how many bytes the destination has not applied.
+func (e *Engine) unapplied() int {
+	_, n := e.journal.Pending()
+	return n
 }
 
 // congested tells whether the control lane is so far behind that no page more should
 // be taken in; the caller holds e.mu.
 func (e *Engine) congested() bool {
-	return len(e.out.pending) > maxPending || e.journalBytes > maxJournal
+	return len(e.out.pending) > maxPending || e.unapplied() > maxJournal
 }

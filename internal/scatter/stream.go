@@ -115,7 +115,10 @@ func (r *reader) command(ev *qemu.Event) error {
 		r.src.returnPath = true
 		r.src.mu.Unlock()
 	case qemu.CommandPing:
-		return r.src.pong(ev.Ping)
+		// A stream that is broken tells so to its reader, too, and may still have pages.
+		if err := r.src.pong(ev.Ping); err != nil {
+			r.e.log.Error(err, "Answering a PING")
+		}
 	case qemu.CommandPostcopyDiscard:
 		for _, g := range ev.Ranges {
 			first, err := r.e.layout.Index(ev.Block, g.Start)
@@ -197,18 +200,22 @@ func (e *Engine) switchOver() {
 	}
 	e.switched = true
 	e.enter(Switching)
+	e.room.Broadcast() // the backlog may be longer now
 	e.wg.Go(func() {
-		err := e.cfg.Switch(e.ctx)
-		if err == nil {
-			return
-		}
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if !e.handed && e.failure == nil {
-			e.failure = fmt.Errorf("asking the hypervisor to switch to post-copy: %w", err)
-			e.broadcast()
+		if err := e.cfg.Switch(e.ctx); err != nil {
+			e.notSwitched(fmt.Errorf("asking the hypervisor to switch to post-copy: %w", err))
 		}
 	})
+}
+
+// notSwitched ends a migration whose switch was refused, unless QEMU was about to end
+// in pre-copy by itself: then the device state is on its way.
+func (e *Engine) notSwitched(err error) {
+	ctx, cancel := context.WithTimeout(e.ctx, settleTimeout)
+	defer cancel()
+	if e.wait(ctx, func() bool { return e.handed }) != nil {
+		e.fail(err)
+	}
 }
 
 // handOver gives the device state to the destination. Until now every failure was
@@ -222,10 +229,6 @@ func (r *reader) handOver(pkg []byte, pings []uint32) error {
 	defer e.mu.Unlock()
 	if e.failure != nil {
 		return e.failure
-	}
-	if e.condemned != nil {
-		e.stalled = e.condemned.Error()
-		e.condemned = nil
 	}
 	e.handed, e.pings = true, pings
 	e.result.Switched, e.result.PackageBytes = time.Now(), len(pkg)

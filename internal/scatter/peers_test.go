@@ -1,0 +1,500 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package scatter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"scattergather.io/scattergather/internal/pages"
+	"scattergather.io/scattergather/internal/wire"
+)
+
+// testbed is a certificate authority and the nodes that it trusts.
+type testbed struct {
+	t     tb
+	ca    *wire.CA
+	nodes map[wire.Identity]*wire.Credentials
+}
+
+// tb is what *testing.T and *rapid.T have in common.
+type tb interface {
+	Cleanup(func())
+	Error(...any)
+	Errorf(string, ...any)
+	Fatal(...any)
+	Fatalf(string, ...any)
+	FailNow()
+	Log(...any)
+}
+
+func newTestbed(t tb) *testbed {
+	ca, err := wire.NewCA("test", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &testbed{t, ca, map[wire.Identity]*wire.Credentials{}}
+}
+
+// with returns the testbed for another test, so that authority and certificates are
+// made once for many.
+func (b *testbed) with(t tb) *testbed { return &testbed{t, b.ca, b.nodes} }
+
+func (b *testbed) options(node wire.Identity) wire.Options {
+	c := b.nodes[node]
+	if c == nil {
+		var err error
+		if c, err = b.ca.Issue(node, time.Hour); err != nil {
+			b.t.Fatal(err)
+		}
+		b.nodes[node] = c
+	}
+	return wire.Options{Credentials: c.Static(), HandshakeTimeout: 5 * time.Second, IdleTimeout: 10 * time.Second}
+}
+
+// listen accepts connections for a node until the test ends.
+func (b *testbed) listen(node wire.Identity, serve func(*wire.Conn)) string {
+	ln, err := wire.Listen("127.0.0.1:0", b.options(node))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept(ctx)
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				stop := context.AfterFunc(ctx, func() { c.Close() })
+				defer stop()
+				serve(c)
+			})
+		}
+	})
+	b.t.Cleanup(func() { cancel(); ln.Close(); wg.Wait() })
+	return ln.Addr().String()
+}
+
+// everyLane reads all lanes of a connection until it ends.
+func everyLane(c *wire.Conn, handle func(*wire.Lane, *wire.Frame) error) error {
+	lanes := []*wire.Lane{c.Control()}
+	if c.Urgent() != nil {
+		lanes = append(lanes, c.Urgent())
+	}
+	for i := range c.Lanes() {
+		lanes = append(lanes, c.Bulk(i))
+	}
+	var wg sync.WaitGroup
+	var once sync.Once
+	var first error
+	for _, l := range lanes {
+		wg.Go(func() {
+			var f wire.Frame
+			for {
+				err := l.Receive(&f)
+				if err == nil {
+					err = handle(l, &f)
+				}
+				if err != nil {
+					once.Do(func() { first = err })
+					c.Close()
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return first
+}
+
+// testLender is an intermediary that a test can starve, slow down and kill.
+type testLender struct {
+	node     wire.Identity
+	addr     string
+	capacity int // sealed pages; nothing is granted when 0, refusals beyond it
+	grant    uint64
+	delay    func() // before each acknowledgement
+
+	mu        sync.Mutex
+	conn      *wire.Conn
+	held      map[wire.PageRef][]byte
+	dissolved bool
+	left      bool
+	frames    int
+	onFrame   func(n int, c *wire.Conn)
+}
+
+func (b *testbed) lender(node wire.Identity, capacity int) *testLender {
+	l := &testLender{node: node, capacity: capacity, grant: uint64(capacity) * wire.MaxSealed, held: map[wire.PageRef][]byte{}}
+	l.addr = b.listen(node, l.serve)
+	return l
+}
+
+func (l *testLender) peer() Peer {
+	return Peer{Name: string(l.node), Identity: l.node, Address: l.addr, Bytes: 1 << 40}
+}
+
+func (l *testLender) serve(c *wire.Conn) {
+	l.mu.Lock()
+	l.conn = c
+	l.mu.Unlock()
+	_ = everyLane(c, func(lane *wire.Lane, f *wire.Frame) error {
+		switch f.Type {
+		case wire.TypeReserve:
+			if l.grant == 0 {
+				return lane.Send(f.Seq, &wire.Error{Code: wire.CodeFull, Text: "no memory to lend"})
+			}
+			return lane.Send(f.Seq, &wire.Reserved{Session: wire.Session{byte(len(l.node))}, Bytes: l.grant})
+		case wire.TypeDissolve:
+			l.mu.Lock()
+			l.dissolved = true
+			clear(l.held)
+			l.mu.Unlock()
+			return lane.Send(f.Seq, wire.Dissolved{})
+		case wire.TypePages:
+			return l.store(c, lane, f)
+		}
+		return fmt.Errorf("lender got frame type %d", f.Type)
+	})
+	l.mu.Lock()
+	l.left = true
+	l.mu.Unlock()
+}
+
+func (l *testLender) store(c *wire.Conn, lane *wire.Lane, f *wire.Frame) error {
+	p, err := f.Pages()
+	if err != nil {
+		return err
+	}
+	if l.delay != nil {
+		l.delay()
+	}
+	l.mu.Lock()
+	l.frames++
+	n, hook := l.frames, l.onFrame
+	full := len(l.held)+p.Len() > l.capacity
+	if !full {
+		err = p.Each(func(d wire.Desc, sealed []byte) error {
+			l.held[wire.PageRef{Index: d.Index, Version: d.Version}] = append([]byte(nil), sealed...)
+			return nil
+		})
+	}
+	l.mu.Unlock()
+	if hook != nil {
+		hook(n, c)
+	}
+	switch {
+	case err != nil:
+		return err
+	case full:
+		return lane.Send(f.Seq, &wire.Nack{Code: wire.CodeFull})
+	}
+	return lane.Send(f.Seq, wire.Ack{})
+}
+
+// testDestination plays the gather's side of the conversation and keeps books.
+type testDestination struct {
+	t    tb
+	node wire.Identity
+	addr string
+	// credit is what it grants at first, in sealed bytes, and grants again for all
+	// that it stores.
+	credit uint64
+	// readyAfter delays Ready; refuse refuses instead.
+	readyAfter time.Duration
+	refuse     error
+	delay      func()
+	// onFrame sees every frame before it is served; an error cuts the connection.
+	onFrame func(*wire.Lane, *wire.Frame) error
+	// onStored sees every data page that arrived.
+	onStored func(urgent bool, i pages.Index)
+	// loadedAfter delays Loaded.
+	loadedAfter time.Duration
+
+	mu        sync.Mutex
+	conn      *wire.Conn
+	setup     *wire.Setup
+	sealer    *wire.Sealer
+	layout    *pages.Layout
+	pageMap   *pages.Map
+	store     map[wire.PageRef][]byte
+	pkg       []byte
+	pkgWhole  bool
+	atSwitch  pages.Counts
+	applied   uint64
+	granted   uint64
+	phases    []wire.Phase
+	aborted   string
+	committed bool
+	records   int
+	urgent    int
+	errs      []error
+}
+
+func (b *testbed) destination() *testDestination {
+	d := &testDestination{t: b.t, node: "destination", credit: 1 << 40, store: map[wire.PageRef][]byte{}}
+	d.addr = b.listen(d.node, d.serve)
+	return d
+}
+
+func (d *testDestination) peer() Peer {
+	return Peer{Name: string(d.node), Identity: d.node, Address: d.addr}
+}
+
+func (d *testDestination) serve(c *wire.Conn) {
+	d.mu.Lock()
+	d.conn, d.granted = c, d.credit
+	resume := &wire.Resume{Known: d.setup != nil, Applied: d.applied}
+	d.mu.Unlock()
+	if err := c.Control().Send(0, resume); err != nil {
+		return
+	}
+	if resume.Known {
+		_ = c.Control().Send(0, &wire.Credit{Bytes: d.credit})
+		if d.pkgWhole {
+			_ = c.Control().Send(0, wire.Loaded{})
+		}
+	}
+	err := everyLane(c, func(l *wire.Lane, f *wire.Frame) error {
+		if d.onFrame != nil {
+			if err := d.onFrame(l, f); err != nil {
+				return err
+			}
+		}
+		if f.Type == wire.TypePages {
+			return d.storePages(c, l, f)
+		}
+		return d.control(c, f)
+	})
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err != nil {
+		d.errs = append(d.errs, err)
+	}
+}
+
+// control applies a journalled frame and confirms it.
+func (d *testDestination) control(c *wire.Conn, f *wire.Frame) error {
+	d.mu.Lock()
+	if f.Seq <= d.applied {
+		d.mu.Unlock()
+		return fmt.Errorf("frame %d came again after %d was applied", f.Seq, d.applied)
+	}
+	if f.Seq != d.applied+1 {
+		d.mu.Unlock()
+		return fmt.Errorf("frame %d after %d", f.Seq, d.applied)
+	}
+	reply, err := d.apply(f)
+	d.applied = f.Seq
+	d.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := c.Control().Send(f.Seq, wire.Applied{}); err != nil {
+		return err
+	}
+	for _, m := range reply {
+		if _, ok := m.(wire.Ready); ok {
+			time.Sleep(d.readyAfter)
+		}
+		if _, ok := m.(wire.Loaded); ok {
+			time.Sleep(d.loadedAfter)
+		}
+		if err := c.Control().Send(f.Seq, m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *testDestination) apply(f *wire.Frame) (reply []wire.Message, err error) {
+	switch f.Type {
+	case wire.TypeSetup:
+		if d.setup, err = wire.ParseSetup(f.Body); err != nil {
+			return nil, err
+		}
+		if d.refuse != nil {
+			return []wire.Message{&wire.Error{Code: wire.CodeIncompatible, Text: d.refuse.Error()}}, nil
+		}
+		d.sealer = wire.NewSealer(d.setup.Key)
+		if d.layout, err = pages.NewLayout(d.setup.Blocks); err != nil {
+			return nil, err
+		}
+		d.pageMap = pages.NewMap(d.layout)
+		return []wire.Message{wire.Ready{}, &wire.Credit{Bytes: d.credit}}, nil
+	case wire.TypeRecords:
+		list, err := wire.ParseRecords(nil, f.Body)
+		if err != nil {
+			return nil, err
+		}
+		d.records += len(list)
+		for _, r := range list {
+			if _, err := d.pageMap.Apply(r); err != nil {
+				return nil, err
+			}
+		}
+		return nil, nil
+	case wire.TypePackage:
+		return d.applyPackage(f)
+	case wire.TypeState:
+		s, err := wire.ParseState(f.Body)
+		d.phases = append(d.phases, s.Phase)
+		return nil, err
+	case wire.TypeCommit:
+		return d.applyCommit(f)
+	case wire.TypeAbort:
+		a, err := wire.ParseAbort(f.Body)
+		d.aborted = a.Reason
+		return nil, errors.Join(err, errors.New("aborted by the source"))
+	}
+	return nil, fmt.Errorf("destination got frame type %d", f.Type)
+}
+
+func (d *testDestination) applyPackage(f *wire.Frame) ([]wire.Message, error) {
+	p, err := wire.ParsePackage(f.Body)
+	if err != nil {
+		return nil, err
+	}
+	if p.Offset != uint64(len(d.pkg)) {
+		return nil, fmt.Errorf("package at %d, have %d", p.Offset, len(d.pkg))
+	}
+	if d.pkg = append(d.pkg, p.Data...); uint64(len(d.pkg)) < p.Total {
+		return nil, nil
+	}
+	d.pkgWhole, d.atSwitch = true, d.pageMap.Counts()
+	return []wire.Message{wire.Loaded{}}, nil
+}
+
+func (d *testDestination) applyCommit(f *wire.Frame) ([]wire.Message, error) {
+	m, err := wire.ParseCommit(f.Body)
+	if err != nil {
+		return nil, err
+	}
+	c := d.pageMap.Counts()
+	if have := d.layout.Pages() - c.Absent; have != m.Pages || !d.pkgWhole {
+		return nil, fmt.Errorf("commit to %d pages, have %d, package %v", m.Pages, have, d.pkgWhole)
+	}
+	d.committed = true
+	return []wire.Message{&wire.Committed{Pages: m.Pages}}, nil
+}
+
+// storePages opens a batch, keeps what the map takes, and acknowledges it.
+func (d *testDestination) storePages(c *wire.Conn, l *wire.Lane, f *wire.Frame) error {
+	p, err := f.Pages()
+	if err != nil {
+		return err
+	}
+	if d.delay != nil && l.Kind() == wire.LaneBulk {
+		d.delay()
+	}
+	urgent := l.Kind() == wire.LaneUrgent
+	d.mu.Lock()
+	err = p.Each(func(desc wire.Desc, sealed []byte) error {
+		plain, err := d.sealer.Open(nil, sealed, desc.Index, desc.Version, desc.Encoding)
+		if err != nil {
+			return err
+		}
+		fresh, err := d.pageMap.Store(desc.Index, desc.Version)
+		if err != nil {
+			return err
+		}
+		if fresh {
+			d.store[wire.PageRef{Index: desc.Index, Version: desc.Version}] = plain
+		}
+		d.granted += uint64(len(sealed))
+		if urgent {
+			d.urgent++
+		}
+		if d.onStored != nil {
+			d.onStored(urgent, desc.Index)
+		}
+		return nil
+	})
+	granted := d.granted
+	d.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return errors.Join(l.Send(f.Seq, wire.Ack{}), c.Control().Send(0, &wire.Credit{Bytes: granted}))
+}
+
+// want asks the source for pages.
+func (d *testDestination) want(list ...pages.Index) error {
+	d.mu.Lock()
+	c := d.conn
+	d.mu.Unlock()
+	return c.Urgent().Send(0, wire.Want(list))
+}
+
+// told returns the reason of the source's Abort, or "".
+func (d *testDestination) told() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.aborted
+}
+
+// verify compares every page that the destination can reach with the guest's memory.
+func (d *testDestination) verify(mem memory, unsent map[pages.Index]bool, lenders ...*testLender) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.committed {
+		d.t.Fatal("the destination was never asked to commit")
+	}
+	wrong := 0
+	var buf [pages.Size]byte
+	for i := range pages.Index(len(mem)) {
+		gen := mem[i]
+		if unsent[i] {
+			gen = 0
+		}
+		got, err := d.read(i, lenders)
+		if err != nil {
+			d.t.Errorf("page %d: %v", i, err)
+			wrong++
+		} else if string(got) != string(content(buf[:], i, gen)) {
+			h, v := d.pageMap.At(i)
+			d.t.Errorf("page %d (%v, version %d) is not generation %d", i, h, v, gen)
+			wrong++
+		}
+		if wrong > 5 {
+			d.t.FailNow()
+		}
+	}
+}
+
+func (d *testDestination) read(i pages.Index, lenders []*testLender) ([]byte, error) {
+	h, v := d.pageMap.At(i)
+	ref := wire.PageRef{Index: i, Version: v}
+	switch h {
+	case pages.Zero:
+		return make([]byte, pages.Size), nil
+	case pages.Local:
+		if p, ok := d.store[ref]; ok {
+			return p, nil
+		}
+		return nil, fmt.Errorf("local in version %d, but not in the store", v)
+	}
+	k, ok := h.Intermediary()
+	if !ok {
+		return nil, fmt.Errorf("lies with %v", h)
+	}
+	for _, l := range lenders {
+		if l.node != d.setup.Holders[k].Identity {
+			continue
+		}
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		sealed, ok := l.held[ref]
+		if !ok {
+			return nil, fmt.Errorf("%s does not hold version %d", l.node, v)
+		}
+		return d.sealer.Open(nil, sealed, i, v, wire.EncodingRaw)
+	}
+	return nil, fmt.Errorf("no such lender: %v", h)
+}
