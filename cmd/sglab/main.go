@@ -46,7 +46,7 @@ behind; what a killed run left is cleared by the next one or by "sglab clean".`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand(newRunCommand(), newCompareCommand(), newCleanCommand())
+	root.AddCommand(newRunCommand(), newCompareCommand(), newBenchCommand(), newCleanCommand())
 	return root
 }
 
