@@ -4,6 +4,7 @@ package scatter
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"slices"
 	"sync"
@@ -78,6 +79,8 @@ func (r *run) start() func(context.Context) {
 		defer cancel()
 		var wg sync.WaitGroup
 		wg.Go(func() { r.srcErr = r.src.run() })
+		stop := context.AfterFunc(ctx, func() { r.t.Log(fmt.Sprintf("out of time: %+v", r.engine.Progress())) })
+		defer stop()
 		r.result, r.err = r.engine.Run(ctx)
 		conn.Close()
 		wg.Wait()
@@ -91,7 +94,9 @@ func (r *run) do() {
 // succeeded checks what every successful migration must show.
 func (r *run) succeeded() {
 	if r.err != nil || r.srcErr != nil {
-		r.t.Fatalf("engine: %v; source: %v; destination: %v", r.err, r.srcErr, r.dst.errs)
+		r.dst.mu.Lock()
+		defer r.dst.mu.Unlock()
+		r.t.Fatalf("engine: %v; source: %v; destination: %v; %+v", r.err, r.srcErr, r.dst.errs, r.engine.Progress())
 	}
 	r.dst.verify(r.src.mem, r.src.unsent, r.lenders...)
 	if p := r.engine.Progress(); p.Phase != Done || p.Pages.Safe != p.Pages.Total || p.Stalled != "" {

@@ -84,6 +84,7 @@ func (l *link) send(lane *wire.Lane, st *laneState, queue *[]*flight, wake *sync
 		switch f.verdict {
 		case stored:
 			e.pool.put(f)
+			e.room.Broadcast()
 		case refused:
 			e.replace([]*flight{f})
 		}
