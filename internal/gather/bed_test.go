@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
@@ -24,7 +25,13 @@ import (
 	"scattergather.io/scattergather/internal/wire/wiretest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// Rapid's default of 30 is too few for the book. The command line may say otherwise.
+	if err := flag.Set("rapid.steps", "150"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // fakePackage is a device state as QEMU's decoder takes it: LISTEN, something, PING 3,
 // RUN.

@@ -236,7 +236,19 @@ func (b *book) returned(refs []wire.PageRef) {
 // setAside keeps a page from being asked for until the next retry.
 func (b *book) setAside(i pages.Index) {
 	b.requested.Clear(i)
-	b.aside.Set(i)
+	if !b.sent.Test(i) {
+		b.unready(i)
+		b.aside.Set(i)
+	}
+}
+
+// unready takes a page off its shelf. It can be there although an answer with it has
+// come, when it had been asked for twice.
+func (b *book) unready(i pages.Index) {
+	h, _ := b.where.At(i)
+	if k, ok := h.Intermediary(); ok {
+		b.shelves[k].ready.Clear(i)
+	}
 }
 
 // retry files all pages set aside once more and returns how many they were.

@@ -152,6 +152,8 @@ func (b *book) claimReply(r *reply) segment {
 			continue
 		}
 		b.sent.Set(ref.Index)
+		b.unready(ref.Index)
+		b.aside.Clear(ref.Index)
 		s.mask |= 1 << k
 		s.n++
 	}

@@ -205,20 +205,19 @@ func (e *Engine) Attach(conn *wire.Conn) error {
 // before the guest ran there. When ctx ends after the device state went into QEMU, the
 // state directory is kept for Reopen; else it is removed.
 func (e *Engine) Run(ctx context.Context) (Result, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	// The source's connection outlives ctx for as long as it takes to say why.
+	inner, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	ctx, fail := context.WithCancelCause(ctx)
 	var wg sync.WaitGroup
-	e.mu.Lock()
-	e.stats.begun = time.Now()
-	e.mu.Unlock()
-	wg.Go(func() { e.serveSources(ctx, cancel) })
-	wg.Go(func() { e.tend(ctx) })
+	wg.Go(func() { e.serveSources(inner, fail) })
+	wg.Go(func() { e.tend(inner) })
 	err := e.gather(ctx)
 	if err != nil {
 		err = e.cfg.Explain(err)
 		e.refuse(err)
 	}
-	cancel(err)
+	stop(err)
+	fail(err)
 	wg.Wait()
 	return e.finish(err)
 }

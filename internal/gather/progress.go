@@ -156,7 +156,7 @@ type Result struct {
 
 // stats is what the engine counts; Engine.mu guards it.
 type stats struct {
-	begun, started, switched, loaded, committed, gathered time.Time
+	started, switched, loaded, committed, gathered time.Time
 
 	direct, into, gatheredIn flow.Meter
 	directAt                 time.Time // of the last direct page
