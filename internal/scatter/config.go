@@ -140,8 +140,8 @@ func (c *Config) setDefaults() {
 	def(&c.AcceptTimeout, time.Minute)
 	def(&c.ReadyTimeout, time.Minute)
 	def(&c.Grace, 10*time.Minute)
-	def(&c.DirectTarget, 15*time.Millisecond)
-	def(&c.IntermediaryTarget, 8*time.Millisecond)
+	def(&c.DirectTarget, 5*time.Millisecond)
+	def(&c.IntermediaryTarget, 3*time.Millisecond)
 	if c.FlightBytes <= 0 {
 		c.FlightBytes = 64 << 20
 	}

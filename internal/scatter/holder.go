@@ -13,7 +13,7 @@ import (
 )
 
 // minWindow is what may always be under way to a holder: two small batches.
-const minWindow = 128 << 10
+const minWindow = 48 << 10
 
 // holder is one place that takes pages: the destination or an intermediary. All of it
 // is guarded by Engine.mu.
