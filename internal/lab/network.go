@@ -20,6 +20,12 @@ import (
 // namespaceDir is where named network namespaces are mounted (ip-netns(8)).
 const namespaceDir = "/run/netns"
 
+// maxSegment is the largest segment that a node gives to its link in one piece. Less
+// than the smallest token bucket holds, with the headers of the packets that it stands
+// for (tc-tbf(8)): the bucket would cut a larger one into packets, and handling each of
+// them alone costs more of the processor than everything else.
+const maxSegment = minBurst * 7 / 8
+
 // port is the name of a node's network interface inside its namespace.
 const port = "eth0"
 
@@ -164,6 +170,9 @@ func (n *Network) connect(node *Node, bridge netlink.Link) error {
 	}
 	if err := node.nl.AddrAdd(eth, addr); err != nil {
 		return err
+	}
+	if err := node.nl.LinkSetGSOMaxSize(eth, maxSegment); err != nil {
+		return fmt.Errorf("bounding the segments: %w", err)
 	}
 	return node.nl.LinkSetUp(eth)
 }
