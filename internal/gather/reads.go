@@ -270,6 +270,11 @@ func (in *inbox) file(r *reply) {
 	r.missing = in.missing
 	for k, ref := range r.refs {
 		switch bit := uint64(1) << k; {
+		case in.missing&bit != 0 && e.book.sent.Test(ref.Index):
+			// The other answer to a hedged demand came first, and the intermediary was
+			// told to forget the page.
+			in.missing &^= bit
+			e.book.requested.Clear(ref.Index)
 		case in.missing&bit != 0 || in.wrong&bit != 0:
 			e.book.setAside(ref.Index)
 		case in.kept&bit != 0:
