@@ -12,6 +12,7 @@ import (
 	"github.com/go-logr/logr"
 
 	"scattergather.io/scattergather/internal/pages"
+	"scattergather.io/scattergather/internal/qemu/multifd"
 	"scattergather.io/scattergather/internal/wire"
 )
 
@@ -23,6 +24,7 @@ type Engine struct {
 	key     wire.Key
 	sealer  *wire.Sealer
 	journal *wire.Journal
+	barrier *multifd.Barrier
 
 	// ctx ends when the engine stops, after a roll-back. Every goroutine is counted
 	// in wg.
@@ -44,22 +46,23 @@ type Engine struct {
 	// was given to the control lane. drained: QEMU has sent its last page.
 	ready, loaded, committed, handed, drained, switched, converges bool
 
-	source  *source
-	layout  *pages.Layout
-	ledger  *pages.Ledger
-	safe    *pages.Bitmap // newest version acknowledged, and told where needed
-	wanted  *pages.Bitmap // wanted at the destination and still at QEMU
-	holders []*holder     // 0 is the destination
-	leftOut []Leg
-	looks   []candidate
-	pool    flights
-	backlog []*flight
-	waiting int // pages in backlog
-	urgent  urgentLane
-	out     outbox
-	counts  PageCounts
-	result  Result
-	pings   []uint32 // of the package, answered when it is loaded
+	source   *source
+	channels []*source // of multifd
+	layout   *pages.Layout
+	ledger   *pages.Ledger
+	safe     *pages.Bitmap // newest version acknowledged, and told where needed
+	wanted   *pages.Bitmap // wanted at the destination and still at QEMU
+	holders  []*holder     // 0 is the destination
+	leftOut  []Leg
+	looks    []candidate
+	pool     flights
+	backlog  []*flight
+	waiting  int // pages in backlog
+	urgent   urgentLane
+	out      outbox
+	counts   PageCounts
+	result   Result
+	pings    []uint32 // of the package, answered when it is loaded
 
 	subMu     sync.Mutex
 	subs      map[chan Progress]struct{}
@@ -85,7 +88,8 @@ func New(cfg Config) (*Engine, error) {
 	cfg.setDefaults()
 	e := &Engine{
 		cfg: cfg, log: cfg.Log, key: wire.NewKey(), journal: wire.NewJournal(),
-		since: time.Now(), subs: map[chan Progress]struct{}{},
+		barrier: multifd.NewBarrier(cfg.MultifdChannels),
+		since:   time.Now(), subs: map[chan Progress]struct{}{},
 	}
 	e.sealer = wire.NewSealer(e.key)
 	e.changed, e.room, e.outWake = sync.NewCond(&e.mu), sync.NewCond(&e.mu), sync.NewCond(&e.mu)

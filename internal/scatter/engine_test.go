@@ -29,6 +29,8 @@ type run struct {
 	lenders []*testLender
 	cfg     Config
 
+	play func() error // the source
+
 	engine *Engine
 	result Result
 	err    error // of the engine
@@ -40,6 +42,7 @@ func newRun(t tb, n int) *run { return newRunOn(newTestbed(t), n, 7) }
 func newRunOn(bed *testbed, n int, seed uint64) *run {
 	t := bed.t
 	r := &run{t: t, bed: bed, src: newTestSource(t, n, seed), dst: bed.destination()}
+	r.play = r.src.run
 	r.cfg = Config{
 		Migration: wire.NewMigrationID(), Wire: bed.options("source"),
 		Log: testr.NewWithInterface(quiet{t}, testr.Options{Verbosity: 1}),
@@ -78,7 +81,7 @@ func (r *run) start() func(context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 		defer cancel()
 		var wg sync.WaitGroup
-		wg.Go(func() { r.srcErr = r.src.run() })
+		wg.Go(func() { r.srcErr = r.play() })
 		stop := context.AfterFunc(ctx, func() { r.t.Log(fmt.Sprintf("out of time: %+v", r.engine.Progress())) })
 		defer stop()
 		r.result, r.err = r.engine.Run(ctx)

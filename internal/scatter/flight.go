@@ -100,6 +100,9 @@ func (p *flights) put(f *flight) {
 
 // slack is how many pages may wait in the backlog without their reader waiting.
 func (e *Engine) slack() int {
+	if e.phase < Precopy {
+		return maxFlights * wire.MaxBatch
+	}
 	if e.switched && !e.handed || e.wanted.Count() > 0 {
 		return spill
 	}
@@ -145,6 +148,9 @@ func (e *Engine) place(f *flight, patience bool) error {
 // drain places what waits in the backlog as far as there is room. It is called
 // whenever room may have appeared; the caller holds e.mu.
 func (e *Engine) drain(now time.Time) {
+	if e.phase < Precopy {
+		return // the destination has not accepted the VM yet
+	}
 	for len(e.backlog) > 0 {
 		f := e.backlog[0]
 		to := choose(e.candidates(f.batch.Bytes(), f.sealed), f.batch.Bytes())
@@ -206,6 +212,9 @@ func (e *Engine) landed(f *flight, by pages.Holder) {
 // as many as leave in 1 ms: each batch and its acknowledgement cost a dozen system
 // calls on the way, and with smaller ones the processors are busy before the links.
 func (e *Engine) batchPages() int {
+	if e.phase < Precopy {
+		return wire.MaxBatch
+	}
 	var total float64
 	for _, h := range e.holders {
 		total += h.window.Rate()

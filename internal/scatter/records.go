@@ -23,6 +23,8 @@ const (
 // while the sender is busy, so that they travel in large frames when they come fast
 // and at once when they do not. It is guarded by Engine.mu.
 type outbox struct {
+	// open is set by the first message, which goes ahead of records told before it.
+	open    bool
 	queue   []wire.Message
 	pending []pages.Record
 	spare   []pages.Record // the sender's, while it sends
@@ -65,7 +67,7 @@ func (o *outbox) next() (m wire.Message, ok bool) {
 		}
 		return m, true
 	}
-	if len(o.pending) == 0 {
+	if len(o.pending) == 0 || !o.open {
 		return nil, false
 	}
 	n := min(len(o.pending), wire.MaxRecords)
@@ -86,6 +88,13 @@ func (e *Engine) tell(r pages.Record) {
 // post queues a message behind all records told so far; the caller holds e.mu.
 func (e *Engine) post(m wire.Message) {
 	e.out.post(m)
+	e.outWake.Signal()
+}
+
+// lead posts the first message of all; the caller holds e.mu.
+func (e *Engine) lead(m wire.Message) {
+	e.out.open = true
+	e.out.queue = append(e.out.queue, m)
 	e.outWake.Signal()
 }
 

@@ -18,10 +18,13 @@ const rollBackTimeout = 2 * time.Second
 // goes on at once, then the peers are told.
 func (e *Engine) rollBack(cause error) {
 	e.mu.Lock()
-	src, holders := e.source, e.holders
+	src, channels, holders := e.source, e.channels, e.holders
 	e.mu.Unlock()
 	if src != nil {
 		src.close()
+	}
+	for _, c := range channels {
+		c.close()
 	}
 	ctx, cancel := context.WithTimeout(e.ctx, rollBackTimeout)
 	defer cancel()

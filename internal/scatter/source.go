@@ -28,6 +28,10 @@ const (
 // or a multifd channel.
 type source struct {
 	conn net.Conn
+	// first are the first bytes where they were looked at, ahead those of them that
+	// were not read yet.
+	first [4]byte
+	ahead []byte
 
 	mu sync.Mutex
 	// returnPath is set when QEMU reads answers.
@@ -128,6 +132,11 @@ type tap struct {
 
 // Read reads once from the stream.
 func (t *tap) Read(p []byte) (int, error) {
+	if len(t.src.ahead) > 0 {
+		n := copy(p, t.src.ahead)
+		t.src.ahead = t.src.ahead[n:]
+		return n, nil
+	}
 	if t.feed.open != nil {
 		if err := t.src.until(time.Now().Add(flushAfter)); err != nil {
 			return 0, err

@@ -20,7 +20,7 @@ const wrapPing = 3
 
 // readSource accepts the source QEMU and reads its main stream to the end.
 func (e *Engine) readSource() {
-	src, err := e.acceptSource()
+	src, err := e.acceptMain()
 	if err != nil {
 		e.fail(err)
 		return
@@ -30,28 +30,24 @@ func (e *Engine) readSource() {
 	e.mu.Unlock()
 	stop := context.AfterFunc(e.ctx, func() { src.halt(context.Cause(e.ctx)) })
 	defer stop()
-	err = e.readMain(src)
-	if err == nil || e.ctx.Err() != nil {
-		return
+	if err = e.readMain(src); err != nil {
+		e.sourceFailed(err)
 	}
+}
+
+// sourceFailed ends a migration whose source broke, unless its device state was handed
+// over: then there is nothing to do but to say so.
+func (e *Engine) sourceFailed(err error) {
 	e.mu.Lock()
 	handed := e.handed
 	e.mu.Unlock()
-	if handed {
+	switch {
+	case e.ctx.Err() != nil:
+	case handed:
 		e.stall(fmt.Sprintf("the source QEMU's stream broke, pages that only it has are out of reach: %v", err))
-		return
+	default:
+		e.fail(err)
 	}
-	e.fail(err)
-}
-
-func (e *Engine) acceptSource() (*source, error) {
-	ctx, cancel := context.WithTimeout(e.ctx, e.cfg.AcceptTimeout)
-	defer cancel()
-	c, err := e.cfg.Accept(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("waiting for the source QEMU to connect: %w", err)
-	}
-	return newSource(c), nil
 }
 
 // reader is the state of reading the main stream.
@@ -96,6 +92,11 @@ func (r *reader) event(ev *qemu.Event) error {
 		return r.command(ev)
 	case qemu.EventRAMStart:
 		return r.begin()
+	case qemu.EventSync:
+		if err := r.prepare(); err != nil {
+			return err
+		}
+		return r.e.barrier.Main(r.e.ctx)
 	case qemu.EventPackage:
 		pings, err := qemu.PackagePings(ev.Payload)
 		if err != nil {
@@ -137,10 +138,15 @@ func (r *reader) command(ev *qemu.Event) error {
 	return nil
 }
 
-// begin offers the VM to the destination and waits for its QEMU to accept it. Nothing
-// but the setup leaves before that.
-func (r *reader) begin() error {
+// prepare opens the books once the block table was read. The pages of multifd channels
+// may come from now on: a stock QEMU with multifd keeps the bytes behind the table,
+// which tell that the setup is over, in its buffer while the channels already carry
+// pages. They wait in the backlog.
+func (r *reader) prepare() error {
 	e, s := r.e, r.dec.Setup()
+	if e.layout != nil {
+		return nil
+	}
 	blocks := slices.Clone(s.RAM.Blocks)
 	for i := range blocks {
 		if size := e.cfg.PageSizes[blocks[i].Name]; size != 0 && !s.Postcopy {
@@ -152,11 +158,24 @@ func (r *reader) begin() error {
 		return fmt.Errorf("RAM of the source QEMU: %w", err)
 	}
 	e.mu.Lock()
+	defer e.mu.Unlock()
 	e.layout, e.ledger = layout, pages.NewLedger(layout)
 	e.safe, e.wanted = pages.NewBitmap(layout.Pages()), pages.NewBitmap(layout.Pages())
+	e.changed.Broadcast()
+	return nil
+}
+
+// begin offers the VM to the destination and waits for its QEMU to accept it. Nothing
+// but the setup leaves before that.
+func (r *reader) begin() error {
+	if err := r.prepare(); err != nil {
+		return err
+	}
+	e, s := r.e, r.dec.Setup()
+	e.mu.Lock()
 	e.result.Started = time.Now()
 	e.enter(Preparing)
-	e.post(e.setup(s, blocks))
+	e.lead(e.setup(s))
 	e.mu.Unlock()
 
 	ctx, cancel := context.WithTimeoutCause(e.ctx, e.cfg.ReadyTimeout,
@@ -169,6 +188,8 @@ func (r *reader) begin() error {
 	defer e.mu.Unlock()
 	e.enter(Precopy)
 	e.post(&wire.State{Phase: wire.PhasePrecopy})
+	e.drain(time.Now())
+	e.room.Broadcast()
 	if !s.Postcopy {
 		e.log.Info("The source QEMU has postcopy-ram off: the guest moves when QEMU's pre-copy has converged")
 		e.converges = true
@@ -179,11 +200,12 @@ func (r *reader) begin() error {
 }
 
 // setup is what the destination must know before the first page.
-func (e *Engine) setup(s *qemu.Setup, blocks []pages.Block) *wire.Setup {
+func (e *Engine) setup(s *qemu.Setup) *wire.Setup {
 	m := &wire.Setup{
 		Key: e.key, Strategy: e.cfg.Strategy.String(), Machine: s.Machine,
 		Config: slices.Clone(s.Config), Early: slices.Clone(s.Early),
-		Section: s.RAM.Section, Instance: s.RAM.Instance, Version: s.RAM.Version, Blocks: blocks,
+		Section: s.RAM.Section, Instance: s.RAM.Instance, Version: s.RAM.Version,
+		Blocks: e.layout.Blocks(),
 	}
 	for _, h := range e.holders[1:] {
 		m.Holders = append(m.Holders, wire.Holder{
