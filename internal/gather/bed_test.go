@@ -52,7 +52,7 @@ func content(i pages.Index, v pages.Version) []byte {
 // bed is one migration: an engine, the QEMU it feeds, a scripted source and scripted
 // intermediaries.
 type bed struct {
-	t      *testing.T
+	t      testing.TB
 	id     wire.MigrationID
 	key    wire.Key
 	sealer *wire.Sealer
@@ -86,7 +86,7 @@ type bed struct {
 	want map[pages.Index][]byte
 }
 
-func newBed(t *testing.T, holders int, blocks ...pages.Block) *bed {
+func newBed(t testing.TB, holders int, blocks ...pages.Block) *bed {
 	t.Helper()
 	l, err := pages.NewLayout(blocks)
 	if err != nil {
@@ -106,7 +106,7 @@ func newBed(t *testing.T, holders int, blocks ...pages.Block) *bed {
 		OpenTimeout: 5 * time.Second, SourceGrace: 5 * time.Second, DissolveTimeout: 2 * time.Second,
 	}
 	if testing.Verbose() {
-		b.cfg.Log = testr.New(t)
+		b.cfg.Log = testr.NewWithInterface(t, testr.Options{})
 	}
 	for k := range holders {
 		b.holders = append(b.holders, newIntermediary(t, wire.Identity(fmt.Sprintf("i%d", k))))

@@ -20,7 +20,7 @@ import (
 // parser and is as strict as the real one is known to be: what would pause or kill that
 // one is an error here.
 type fakeQEMU struct {
-	t      *testing.T
+	t      testing.TB
 	path   string
 	ln     *net.UnixListener
 	config []byte
@@ -50,7 +50,7 @@ type fakeQEMU struct {
 	wg       sync.WaitGroup
 }
 
-func newFakeQEMU(t *testing.T, config []byte, blocks []pages.Block) *fakeQEMU {
+func newFakeQEMU(t testing.TB, config []byte, blocks []pages.Block) *fakeQEMU {
 	t.Helper()
 	l, err := pages.NewLayout(blocks)
 	if err != nil {

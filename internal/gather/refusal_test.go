@@ -169,9 +169,11 @@ func TestNonsense(t *testing.T) {
 		"records before the description": {true, func(b *bed) { b.zeros(0, 1) }, "before the VM was described"},
 		"record past the end":            {false, func(b *bed) { b.zeros(0, 256) }, "256"},
 		"record of no intermediary":      {false, func(b *bed) { b.records(wire.Records{{First: 1, Count: 1, Holder: 9}}) }, "intermediary 5"},
-		"holders with a gap":             {false, func(b *bed) { b.send(&wire.Holders{First: 3, Holders: []wire.Holder{{Name: "x", Addr: "a:1", Identity: "x"}}}) }, "place 3"},
-		"package with a gap":             {false, func(b *bed) { b.send(&wire.Package{Total: total, Offset: 3, Data: fakePackage[3:]}) }, "at 3"},
-		"package too large":              {false, func(b *bed) { b.send(&wire.Package{Total: 1 << 31, Data: fakePackage}) }, "2147483648"},
+		"holders with a gap": {false, func(b *bed) {
+			b.send(&wire.Holders{First: 3, Holders: []wire.Holder{{Name: "x", Addr: "a:1", Identity: "x"}}})
+		}, "place 3"},
+		"package with a gap": {false, func(b *bed) { b.send(&wire.Package{Total: total, Offset: 3, Data: fakePackage[3:]}) }, "at 3"},
+		"package too large":  {false, func(b *bed) { b.send(&wire.Package{Total: 1 << 31, Data: fakePackage}) }, "2147483648"},
 		"package of changing size": {false, func(b *bed) {
 			b.send(&wire.Package{Total: total, Data: fakePackage[:4]})
 			b.send(&wire.Package{Total: total - 1, Offset: 4, Data: fakePackage[4:5]})
