@@ -25,6 +25,7 @@ var errStale = errors.New("the source announced a newer version of a page that t
 //	zero        a page of zeros, to be written to QEMU
 //	ready       of a shelf: at that intermediary, to be asked for
 //	requested   asked of an intermediary (or about to be), or its answer waits here
+//	busy        brought by the source a moment ago
 //	aside       at an intermediary that did not have it or gave a wrong one: see retry
 //
 // or in none of them while it is Absent, or belongs to a host page of several pages,
@@ -34,6 +35,7 @@ type book struct {
 	where  *pages.Map
 
 	sent      *pages.Bitmap // in QEMU's stream, or claimed by the writer for it
+	busy      *pages.Bitmap // just brought by the source, neither stored nor placed
 	requested *pages.Bitmap
 	aside     *pages.Bitmap
 	local     *pages.Bitmap
@@ -48,6 +50,8 @@ type book struct {
 	faults   map[pages.Index]fault // by the first page of the host page
 	demand   fifo[pages.Index]     // host pages that a guest waits for and that can be sent
 	wants    []pages.Index         // pages to ask the source for
+	express  fifo[*parcel]         // parcels that hold a page a guest waits for
+	passing  fifo[*parcel]         // the other parcels
 	demanded fifo[*reply]          // answers that hold a page a guest waits for
 	arrived  fifo[*reply]          // the other answers
 
@@ -80,7 +84,7 @@ func newBook(l *pages.Layout, where *pages.Map, pivots int) *book {
 	n := l.Pages()
 	b := &book{
 		layout: l, where: where, pivots: pivots,
-		sent: pages.NewBitmap(n), requested: pages.NewBitmap(n), aside: pages.NewBitmap(n),
+		sent: pages.NewBitmap(n), busy: pages.NewBitmap(n), requested: pages.NewBitmap(n), aside: pages.NewBitmap(n),
 		local: pages.NewBitmap(n), zero: pages.NewBitmap(n),
 		order:  pages.NewOrder(l, pivots),
 		faults: make(map[pages.Index]fault),
@@ -133,6 +137,9 @@ func (b *book) applyPart(r pages.Record) error {
 			continue
 		}
 		if b.sent.Test(i) {
+			if v == b.ver[k] {
+				continue // it went past the store, and is known elsewhere, too
+			}
 			return fmt.Errorf("page %d, version %d after %d: %w", i, v, b.ver[k], errStale)
 		}
 		b.moved(i, b.was[k], h)
@@ -192,6 +199,9 @@ func (b *book) remove(i pages.Index, h pages.Holder) {
 
 // put files an unsent page of a block with small host pages.
 func (b *book) put(i pages.Index, h pages.Holder) {
+	if b.busy.Test(i) {
+		return // settle files it
+	}
 	switch h {
 	case pages.Local:
 		b.local.Set(i)
@@ -308,7 +318,7 @@ func (b *book) setCommitted() {
 // finished tells whether QEMU was sent every page it needs.
 func (b *book) finished() bool {
 	if !b.committed || len(b.faults) > 0 || b.units.left() > 0 ||
-		b.local.Count()+b.zero.Count()+b.requested.Count()+b.aside.Count() > 0 {
+		b.local.Count()+b.zero.Count()+b.requested.Count()+b.aside.Count()+b.busy.Count() > 0 {
 		return false
 	}
 	for _, s := range b.shelves {

@@ -23,8 +23,14 @@ type bookModel struct {
 	version  []pages.Version // newest announced
 	final    []bool          // that version's data or zero is known to the book
 	placed   *pages.Bitmap
-	flying   [][]wire.Run // written, not answered
-	reads    []*reply     // under way
+	flying   []modelFlight // written, not answered
+	inParcel map[pages.Index]bool
+	reads    []*reply // under way
+}
+
+type modelFlight struct {
+	runs   []wire.Run
+	parcel *parcel
 }
 
 const modelHolders = 3
@@ -40,7 +46,7 @@ func newBookModel(t *rapid.T) *bookModel {
 	}
 	m := &bookModel{
 		t: t, l: l, b: newBook(l, pages.NewMap(l), 0), placed: pages.NewBitmap(l.Pages()),
-		version: make([]pages.Version, l.Pages()), final: make([]bool, l.Pages()),
+		version: make([]pages.Version, l.Pages()), final: make([]bool, l.Pages()), inParcel: map[pages.Index]bool{},
 	}
 	for range modelHolders {
 		m.b.addShelf()
@@ -62,6 +68,9 @@ func (m *bookModel) announce(*rapid.T) {
 		m.version[i]++
 	}
 	h := pages.Holder(rapid.IntRange(1, int(pages.FirstHolder)+modelHolders-1).Draw(m.t, "holder"))
+	if m.b.busy.Test(i) && (h == pages.Local || h == pages.Placed) {
+		return // its lane waits
+	}
 	m.final[i] = true
 	if h == pages.Local || h == pages.Placed {
 		if fresh, err := m.b.stored(i, m.version[i]); err != nil || !fresh {
@@ -172,7 +181,14 @@ func (m *bookModel) write(*rapid.T) {
 		m.t.Fatal("background pages in spite of it")
 	}
 	var wrote runs
-	if s.kind == fromReply {
+	if s.kind == fromParcel {
+		for k, ref := range s.parcel.refs {
+			if s.mask>>k&1 == 1 {
+				m.send(ref.Index, true)
+				wrote.add(ref.Index)
+			}
+		}
+	} else if s.kind == fromReply {
 		for k, ref := range s.reply.refs {
 			if s.mask>>k&1 == 0 {
 				continue
@@ -202,7 +218,7 @@ func (m *bookModel) write(*rapid.T) {
 	for _, r := range wrote.list {
 		m.b.served(r.First, uint64(r.Count), time.Time{}, func(time.Duration) {})
 	}
-	m.flying = append(m.flying, wrote.list)
+	m.flying = append(m.flying, modelFlight{wrote.list, s.parcel})
 }
 
 // send is QEMU taking a page.
@@ -214,7 +230,7 @@ func (m *bookModel) send(i pages.Index, right bool) {
 		h, _ := m.b.where.At(i)
 		m.t.Fatalf("page %d was written from the wrong place, it is at %v", i, h)
 	}
-	if !m.final[i] && !m.b.committed {
+	if !m.final[i] && !m.b.committed && !m.inParcel[i] {
 		// Only as a part of a host page that was committed could that be right.
 		m.t.Fatalf("page %d was written before its newest version was known", i)
 	}
@@ -225,15 +241,49 @@ func (m *bookModel) pong(*rapid.T) {
 	if len(m.flying) == 0 {
 		return
 	}
-	for _, r := range m.flying[0] {
+	for _, r := range m.flying[0].runs {
 		for i := r.First; i < r.First+pages.Index(r.Count); i++ {
 			m.b.placed(i)
 		}
+	}
+	if p := m.flying[0].parcel; p != nil {
+		m.passed(p)
 	}
 	m.flying = m.flying[1:]
 }
 
 func (m *bookModel) retry(*rapid.T) { m.b.retry() }
+
+// pass brings pages past the store: they are busy until they are placed.
+func (m *bookModel) pass(*rapid.T) {
+	if !m.switched || m.b.committed {
+		return
+	}
+	p := &parcel{}
+	for range rapid.IntRange(1, 5).Draw(m.t, "pages") {
+		i := m.page()
+		if m.final[i] || m.b.busy.Test(i) || m.b.units.has(i) || !m.b.wantsVersion(i, m.version[i]) {
+			continue
+		}
+		m.b.busy.Set(i)
+		m.inParcel[i] = true
+		p.refs = append(p.refs, wire.PageRef{Index: i, Version: m.version[i]})
+	}
+	if len(p.refs) > 0 {
+		m.b.pass(p)
+	}
+}
+
+// passed ends a parcel; the caller says whether QEMU has it.
+func (m *bookModel) passed(p *parcel) {
+	for _, ref := range p.refs {
+		if !m.placed.Test(ref.Index) {
+			m.t.Fatalf("page %d was acknowledged and is not placed", ref.Index)
+		}
+		m.b.settle(ref.Index)
+		m.final[ref.Index] = true
+	}
+}
 
 // hedge asks again for what prepaging does not bring.
 func (m *bookModel) hedge(*rapid.T) { m.b.hedge(time.Time{}.Add(time.Hour)) }
@@ -255,12 +305,17 @@ func (m *bookModel) broken(*rapid.T) {
 	}
 	lost := rapid.IntRange(0, len(m.flying)).Draw(m.t, "lost")
 	for _, batch := range m.flying[lost:] {
-		for _, r := range batch {
+		for _, r := range batch.runs {
 			for i := r.First; i < r.First+pages.Index(r.Count); i++ {
 				// Host pages are placed whole or not at all.
 				first, n := m.l.Unit(i)
 				m.placed.ClearRange(first, n)
 			}
+		}
+	}
+	for _, batch := range m.flying {
+		if batch.parcel != nil {
+			m.b.pass(batch.parcel)
 		}
 	}
 	m.flying = nil
@@ -279,6 +334,9 @@ func (m *bookModel) broken(*rapid.T) {
 func (m *bookModel) commit(*rapid.T) {
 	if !m.switched {
 		return
+	}
+	if m.b.busy.Count() > 0 {
+		return // the source waits for these acknowledgements first
 	}
 	known := uint64(0)
 	for _, f := range m.final {
@@ -304,7 +362,7 @@ func (m *bookModel) check(t *rapid.T) {
 	b := m.b
 	for i := pages.Index(0); uint64(i) < m.l.Pages(); i++ {
 		places := 0
-		for _, in := range []*pages.Bitmap{b.local, b.zero, b.requested, b.aside} {
+		for _, in := range []*pages.Bitmap{b.local, b.zero, b.requested, b.aside, b.busy} {
 			if in.Test(i) {
 				places++
 			}
@@ -315,7 +373,7 @@ func (m *bookModel) check(t *rapid.T) {
 			}
 		}
 		// A page that was asked for twice may be sent while one answer is out.
-		if places > 1 || places > 0 && b.sent.Test(i) && !b.requested.Test(i) {
+		if places > 1 || places > 0 && b.sent.Test(i) && !b.requested.Test(i) && !b.busy.Test(i) {
 			t.Fatalf("page %d is in %d places, sent: %v", i, places, b.sent.Test(i))
 		}
 	}
@@ -327,6 +385,10 @@ func (m *bookModel) check(t *rapid.T) {
 // settle lets everything come to its end.
 func (m *bookModel) settle() {
 	m.switched = true
+	for m.b.busy.Count() > 0 {
+		m.write(m.t)
+		m.pong(m.t)
+	}
 	m.commit(m.t)
 	for round := 0; !m.b.finished(); round++ {
 		if round > 100000 {
@@ -393,7 +455,7 @@ func TestBook(t *testing.T) {
 		t.Repeat(map[string]func(*rapid.T){
 			"announce": m.announce, "announce2": m.announce, "discard": m.discard, "stale": m.stale,
 			"switch": m.hasSwitched, "fault": m.fault, "read": m.read, "read2": m.read, "answer": m.answer, "answer2": m.answer,
-			"write": m.write, "write2": m.write, "pong": m.pong, "retry": m.retry, "hedge": m.hedge, "again": m.wantAgain, "broken": m.broken, "commit": m.commit,
+			"write": m.write, "write2": m.write, "pong": m.pong, "retry": m.retry, "hedge": m.hedge, "pass": m.pass, "again": m.wantAgain, "broken": m.broken, "commit": m.commit,
 			"": m.check,
 		})
 		m.settle()

@@ -36,25 +36,27 @@ func (r *reply) has(i pages.Index) bool {
 type kind uint8
 
 const (
-	fromStore kind = iota + 1 // of n pages from first, all in the store
-	fromZero                  // of n pages from first, all zero
-	fromReply                 // those pages of reply that mask names
-	fromUnit                  // of the host page of n pages from first
+	fromStore  kind = iota + 1 // of n pages from first, all in the store
+	fromZero                   // of n pages from first, all zero
+	fromReply                  // those pages of reply that mask names
+	fromUnit                   // of the host page of n pages from first
+	fromParcel                 // those pages of parcel that mask names
 )
 
 // segment is what the writer puts into QEMU's stream next. Its pages are claimed: they
 // count as sent, and nobody else sends them.
 type segment struct {
-	kind  kind
-	first pages.Index
-	n     int
-	reply *reply
-	mask  uint64
+	kind   kind
+	first  pages.Index
+	n      int
+	reply  *reply
+	parcel *parcel
+	mask   uint64
 }
 
 // next claims the next pages to write, at most max unless they are one host page or
-// one answer. What a guest waits for comes first; then what lies in the store, since it
-// takes memory here; then what intermediaries answered; pages of zeros, which a guest
+// one answer or parcel. What a guest waits for comes first; then what just came from
+// the source and what lies in the store, since these take memory here; then what intermediaries answered; pages of zeros, which a guest
 // that does not run into them never misses, only when there is nothing else. Without
 // background only the first is looked at.
 func (b *book) next(max int, background bool) (s segment, demand, ok bool) {
@@ -63,6 +65,9 @@ func (b *book) next(max int, background bool) (s segment, demand, ok bool) {
 	}
 	if !background {
 		return segment{}, false, false
+	}
+	if b.passing.len() > 0 {
+		return b.claimParcel(b.passing.pop()), false, true
 	}
 	if first, n, ok := b.order.Next(b.local, max); ok {
 		b.claimRun(first, n)
@@ -102,6 +107,9 @@ func (b *book) nextDemand() (s segment, ok bool) {
 		}
 		b.claimRun(first, 1)
 		return s, true
+	}
+	if b.express.len() > 0 {
+		return b.claimParcel(b.express.pop()), true
 	}
 	if b.demanded.len() > 0 {
 		return b.claimReply(b.demanded.pop()), true

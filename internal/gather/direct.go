@@ -19,17 +19,26 @@ import (
 type intake struct {
 	s    *session
 	lane *wire.Lane
+	ctx  context.Context
 	buf  []byte // decrypted pages of one frame
 
-	descs   [wire.MaxBatch]wire.Desc
-	sealed  [wire.MaxBatch][]byte
-	n       int
+	descs  [wire.MaxBatch]wire.Desc
+	sealed [wire.MaxBatch][]byte
+	n      int
+	// counted is true when the frame's bytes were noted.
+	counted bool
 	collect func(wire.Desc, []byte) error
 }
 
 // receivePages stores what a lane brings and acknowledges it.
 func (s *session) receivePages(ctx context.Context, lane *wire.Lane) error {
-	in := &intake{s: s, lane: lane, buf: make([]byte, 0, wire.MaxBatch*pages.Size)}
+	in := &intake{s: s, lane: lane, ctx: ctx, buf: make([]byte, 0, wire.MaxBatch*pages.Size)}
+	stop := context.AfterFunc(ctx, func() {
+		s.e.mu.Lock()
+		defer s.e.mu.Unlock()
+		s.e.settled.Broadcast()
+	})
+	defer stop()
 	in.collect = in.note
 	var f wire.Frame
 	for {
@@ -52,23 +61,23 @@ func (s *session) receivePages(ctx context.Context, lane *wire.Lane) error {
 	}
 }
 
-// store takes one frame: all its pages are in the store and in the map before it is
-// acknowledged, so that a restarted agent has them too.
+// store takes one frame: all its pages are in QEMU, or in the store and the map, before
+// it is acknowledged, so that a restarted agent has them too.
 func (in *intake) store(f *wire.Frame) error {
 	p, err := f.Pages()
 	if err != nil {
 		return err
 	}
-	in.n = 0
+	in.n, in.counted = 0, false
 	if err := p.Each(in.collect); err != nil {
 		return err
 	}
-	err = in.keep()
+	passed, err := in.keep(f.Seq)
 	if errors.Is(err, syscall.ENOSPC) {
 		in.s.e.log.Error(err, "The state directory is full, pages of the source are refused")
 		return in.lane.Send(f.Seq, &wire.Nack{Code: wire.CodeFull})
 	}
-	if err != nil {
+	if err != nil || passed {
 		return err
 	}
 	return in.lane.Send(f.Seq, wire.Ack{})
@@ -88,40 +97,39 @@ func (in *intake) note(d wire.Desc, sealed []byte) error {
 
 // keep stores the noted pages that are new. Two lanes may bring two versions of one
 // page, or the same after a reconnect, so a page is busy while it is stored; a frame
-// with busy pages stores its other pages first, and holds none while it waits.
-func (in *intake) keep() error {
+// with busy pages stores its other pages first, and holds none while it waits. passed
+// is true if the pages are on their way into QEMU, past the store; the frame is
+// acknowledged later then.
+func (in *intake) keep(seq uint64) (passed bool, err error) {
 	todo := ^uint64(0) >> (wire.MaxBatch - in.n)
-	counted := false
 	for todo != 0 {
-		take, later := in.claim(todo, &counted)
-		if take == 0 && later == 0 {
-			return nil
+		take, later, p, err := in.claim(todo, seq)
+		if err != nil || take == 0 && later == 0 {
+			return false, err
+		}
+		if p != nil {
+			return true, in.pass(p, take)
 		}
 		stored, err := in.write(take)
 		if e := in.enter(take, stored); err == nil {
 			err = e
 		}
 		if err != nil {
-			return err
+			return false, err
 		}
 		todo = later
 	}
-	return nil
+	return false, nil
 }
 
-// claim chooses among the pages of todo those to store now, and those that are busy.
-func (in *intake) claim(todo uint64, counted *bool) (take, later uint64) {
+// claim chooses among the pages of todo those to take now, and those that are busy. It
+// returns a parcel if they may go past the store.
+func (in *intake) claim(todo uint64, seq uint64) (take, later uint64, p *parcel, err error) {
 	e := in.s.e
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if !*counted {
-		*counted = true
-		now := time.Now()
-		for k := range in.n {
-			in.s.received += uint64(in.descs[k].Length)
-			e.stats.direct.Add(int(in.descs[k].Length), now)
-		}
-		e.stats.directAt = now
+	if !in.counted {
+		in.count(time.Now())
 	}
 	for {
 		take, later = 0, 0
@@ -129,18 +137,35 @@ func (in *intake) claim(todo uint64, counted *bool) (take, later uint64) {
 			d := &in.descs[k]
 			switch {
 			case todo>>k&1 == 0 || !e.book.wantsVersion(d.Index, d.Version):
-			case e.busy.Test(d.Index):
+			case e.book.busy.Test(d.Index):
 				later |= 1 << k
 			default:
-				e.busy.Set(d.Index)
+				e.book.busy.Set(d.Index)
 				take |= 1 << k
 			}
 		}
-		if take != 0 || later == 0 {
-			return take, later
+		if later == 0 && take != 0 {
+			p = in.parcel(take, seq)
 		}
-		e.settled.Wait() // for another lane, which ends
+		if take != 0 || later == 0 {
+			return take, later, p, nil
+		}
+		if in.ctx.Err() != nil {
+			return 0, 0, nil, context.Cause(in.ctx)
+		}
+		e.settled.Wait() // for another lane, or for QEMU
 	}
+}
+
+// count notes that a frame has come; the caller holds e.mu.
+func (in *intake) count(now time.Time) {
+	in.counted = true
+	e := in.s.e
+	for k := range in.n {
+		in.s.received += uint64(in.descs[k].Length)
+		e.stats.direct.Add(int(in.descs[k].Length), now)
+	}
+	e.stats.directAt = now
 }
 
 // write decrypts pages and writes them, each run by one call. It returns those that
@@ -205,7 +230,7 @@ func (in *intake) enter(take, stored uint64) error {
 			continue
 		}
 		d := &in.descs[k]
-		e.busy.Clear(d.Index)
+		e.book.settle(d.Index)
 		if stored>>k&1 == 1 {
 			if _, e := e.book.stored(d.Index, d.Version); e != nil && err == nil {
 				err = e

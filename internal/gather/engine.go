@@ -58,9 +58,12 @@ type Engine struct {
 	commitSeq uint64 // number of the last Commit frame
 	commitErr error  // why it was not granted
 
-	// busy has the pages whose bytes are being stored; settled tells of its changes.
-	busy    *pages.Bitmap
+	// settled tells that pages are not busy any more.
 	settled *sync.Cond
+	// pumping is true while QEMU's stream takes pages.
+	pumping      bool
+	parcels      int // under way
+	spareParcels []*parcel
 
 	holders    []*holder
 	shared     *flow.Window // of all holders together
@@ -167,7 +170,6 @@ func (e *Engine) describe(l *pages.Layout) error {
 		e.cfg.StoreBytes = l.Bytes()
 	}
 	e.book = newBook(l, e.state.where, e.cfg.Pivots)
-	e.busy = pages.NewBitmap(l.Pages())
 	return e.addHolders(su.Holders)
 }
 

@@ -58,10 +58,12 @@ func (b *book) route(first pages.Index, n uint64) {
 		b.routeUnit(first, n)
 		return
 	}
-	switch h, _ := b.where.At(first); h {
-	case pages.Zero, pages.Local:
+	switch h, _ := b.where.At(first); {
+	case h == pages.Zero || h == pages.Local:
 		b.demand.push(first)
-	case pages.Absent:
+	case b.busy.Test(first):
+		b.hasten(first)
+	case h == pages.Absent:
 		b.routeAbsent(first, first)
 	default:
 		b.ask(first)

@@ -277,6 +277,7 @@ func (f *feed) pong(value uint32) error {
 func (e *Engine) pump(ctx context.Context, f *feed) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	e.setPumping(true)
 	var wg sync.WaitGroup
 	wg.Go(func() { e.awaitLoaded(ctx, f, cancel) })
 	wg.Go(func() {
@@ -295,6 +296,7 @@ func (e *Engine) pump(ctx context.Context, f *feed) error {
 	f.conn.Close()
 	<-f.done
 	wg.Wait()
+	e.setPumping(false)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if err == nil {
@@ -310,6 +312,13 @@ func (e *Engine) pump(ctx context.Context, f *feed) error {
 		return f.refused(context.Background(), "loading the device state", err)
 	}
 	return err
+}
+
+// setPumping notes whether QEMU's stream takes pages.
+func (e *Engine) setPumping(on bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.pumping = on
 }
 
 // awaitLoaded notes when QEMU has loaded the device state.

@@ -74,10 +74,27 @@ func (e *Engine) land(f *flight) {
 			}
 		}
 	}
+	for _, p := range f.parcels {
+		e.landParcel(p)
+	}
 	e.unplaced -= int(f.runs.pages)
 	e.stats.placed += f.runs.pages
+	e.spareFlight(f)
+}
+
+// spareFlight makes a batch usable again.
+func (e *Engine) spareFlight(f *flight) {
 	f.runs.reset()
+	clear(f.parcels)
+	f.parcels = f.parcels[:0]
 	e.spareFlights = append(e.spareFlights, f)
+}
+
+// repass gives a parcel back to the writer that was not written.
+func (e *Engine) repass(p *parcel) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.book.pass(p)
 }
 
 // zerosOf tells which of up to 64 pages of a large host page hold zeros; the others

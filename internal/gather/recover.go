@@ -107,8 +107,10 @@ func (f *feed) compare() error {
 	defer e.mu.Unlock()
 	for e.flights.len() > 0 {
 		fl := e.flights.pop()
-		fl.runs.reset()
-		e.spareFlights = append(e.spareFlights, fl)
+		for _, p := range fl.parcels {
+			e.book.pass(p) // what of it QEMU has is left out when it is written
+		}
+		e.spareFlight(fl)
 	}
 	e.unplaced = 0
 	if err := e.book.rebuild(has); err != nil {

@@ -19,8 +19,8 @@ type session struct {
 	e    *Engine
 	conn *wire.Conn
 	// wakeTell and wakeWant tell the goroutines that send.
-	wakeTell, wakeWant signal
-	records            []pages.Record // scratch of the control lane
+	wakeTell, wakeWant, wakeAck signal
+	records                     []pages.Record // scratch of the control lane
 
 	// Guarded by Engine.mu:
 	received, granted uint64 // sealed bytes
@@ -28,6 +28,13 @@ type session struct {
 	toldReady         bool
 	toldLoaded        bool
 	toldCommit        uint64 // number of the Commit that was answered last
+	acks              fifo[ack]
+}
+
+// ack is the number of a frame that can be acknowledged.
+type ack struct {
+	lane *wire.Lane
+	seq  uint64
 }
 
 // errAway is why nothing comes from a source that is not connected.
@@ -102,7 +109,7 @@ func (e *Engine) lostSource(err error) bool {
 // serveSource runs one connection until it ends or is replaced.
 func (e *Engine) serveSource(ctx context.Context, conn *wire.Conn) error {
 	defer conn.Close()
-	s := &session{e: e, conn: conn, wakeTell: newSignal(), wakeWant: newSignal()}
+	s := &session{e: e, conn: conn, wakeTell: newSignal(), wakeWant: newSignal(), wakeAck: newSignal()}
 	e.mu.Lock()
 	var last uint64
 	if e.state.cursor != nil {
@@ -143,6 +150,7 @@ func (s *session) run(ctx context.Context) error {
 	loop(s.control)
 	loop(s.tell)
 	loop(s.want)
+	loop(s.acknowledge)
 	loop(func(ctx context.Context) error { return s.receivePages(ctx, s.conn.Urgent()) })
 	for k := range s.conn.Lanes() {
 		loop(func(ctx context.Context) error { return s.receivePages(ctx, s.conn.Bulk(k)) })
@@ -306,7 +314,7 @@ const grantStep = 1 << 20
 // caller holds e.mu.
 func (s *session) grant() (uint64, bool) {
 	e := s.e
-	stored := (e.book.where.Counts().Local + e.busy.Count()) * wire.MaxSealed
+	stored := (e.book.where.Counts().Local + e.book.busy.Count()) * wire.MaxSealed
 	room := e.cfg.StoreBytes / pages.Size * wire.MaxSealed
 	total := s.received + room - min(room, stored)
 	if total <= s.granted || s.granted > 0 && total-s.granted < min(grantStep, room/4) {
@@ -314,6 +322,29 @@ func (s *session) grant() (uint64, bool) {
 	}
 	s.granted = total
 	return total, true
+}
+
+// acknowledge acknowledges the frames that went past the store.
+func (s *session) acknowledge(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-s.wakeAck:
+		}
+		for {
+			s.e.mu.Lock()
+			if s.acks.len() == 0 {
+				s.e.mu.Unlock()
+				break
+			}
+			a := s.acks.pop()
+			s.e.mu.Unlock()
+			if err := a.lane.Send(a.seq, wire.Ack{}); err != nil {
+				return err
+			}
+		}
+	}
 }
 
 // want asks the source for pages that the guest waits for and nobody here knows.

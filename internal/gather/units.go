@@ -169,7 +169,7 @@ func (u *units) fetch(i pages.Index) {
 func (u *units) put(i pages.Index, h pages.Holder) {
 	number, _, _ := u.of(i)
 	if k, ok := h.Intermediary(); ok && u.state[number].active &&
-		!u.here.Test(i) && !u.b.requested.Test(i) && !u.b.aside.Test(i) {
+		!u.here.Test(i) && !u.b.requested.Test(i) && !u.b.aside.Test(i) && !u.b.busy.Test(i) {
 		u.b.shelves[k].ready.Set(i)
 	}
 }

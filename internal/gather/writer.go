@@ -34,8 +34,9 @@ var errBroken = errors.New("the stream into the destination QEMU broke")
 
 // flight is a batch that was written and is not known to be placed yet.
 type flight struct {
-	ping uint32
-	runs runs
+	ping    uint32
+	runs    runs
+	parcels []*parcel
 }
 
 // writer is the only goroutine that writes pages into QEMU's stream, and so the one
@@ -145,6 +146,8 @@ func (w *writer) write() error {
 			err = w.appendReply(s)
 		case fromUnit:
 			err = w.appendUnit(s)
+		case fromParcel:
+			w.appendParcel(s)
 		}
 		if err != nil {
 			return err
@@ -153,6 +156,7 @@ func (w *writer) write() error {
 	w.out = qemu.AppendPartEnd(w.out, w.e.opening.RAM.Section)
 	w.out = qemu.AppendPing(w.out, w.flight.ping)
 	w.e.launch(w.flight, &w.wrote)
+	w.flight = nil
 	if _, err := w.f.conn.Write(w.out); err != nil {
 		return err
 	}
@@ -160,13 +164,36 @@ func (w *writer) write() error {
 	return nil
 }
 
-// drop gives answers back that were not reached because writing failed.
+// drop gives answers and parcels back that were not reached because writing failed.
 func (w *writer) drop() {
 	for k := range w.segs {
-		if r := w.segs[k].reply; r != nil {
-			w.e.recycle(r, nil, nil)
+		s := &w.segs[k]
+		if s.reply != nil {
+			w.e.recycle(s.reply, nil, nil)
+		}
+		if s.parcel != nil {
+			w.e.repass(s.parcel)
 		}
 	}
+	if w.flight != nil {
+		for _, p := range w.flight.parcels {
+			w.e.repass(p)
+		}
+		w.flight = nil
+	}
+}
+
+// appendParcel appends the pages that came straight from the source.
+func (w *writer) appendParcel(s *segment) {
+	for k, ref := range s.parcel.refs {
+		if s.mask>>k&1 == 1 {
+			name, block, offset := w.locate(ref.Index)
+			w.out = qemu.AppendPage(w.out, &w.state, name, block, offset, s.parcel.buf[k*pages.Size:])
+			w.wrote.add(ref.Index)
+		}
+	}
+	w.flight.parcels = append(w.flight.parcels, s.parcel)
+	s.parcel = nil
 }
 
 // locate returns what a record says of page i.
