@@ -12,6 +12,10 @@ import (
 // versions are used up. The way out is to switch now.
 var ErrVersions = errors.New("the versions of a page are used up")
 
+// lastPrecopy is the last version that a page gets before the switch. The one after it
+// is left to a discard, which must not fail.
+const lastPrecopy Version = math.MaxUint16 - 1
+
 // Ledger is the source's record of the versions it gave out. A version of a page is
 // given to data once at most, so that it can serve as a nonce.
 type Ledger struct {
@@ -35,14 +39,12 @@ func (g *Ledger) Precopy(i Index) (Version, error) {
 	}
 	v := g.versions.at(i)
 	again := g.newest.Test(i)
-	if again {
-		v++
-	}
-	// The last version is left to a discard, which must not fail.
-	if v >= math.MaxUint16 {
+	// Compared before it is raised, which could wrap round to a version given before.
+	if v > lastPrecopy || again && v == lastPrecopy {
 		return 0, fmt.Errorf("page %d: %w", i, ErrVersions)
 	}
 	if again {
+		v++
 		g.versions.put(i, v)
 	} else {
 		g.newest.Set(i)

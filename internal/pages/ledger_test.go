@@ -178,6 +178,9 @@ func TestLedgerRunsOutOfVersions(t *testing.T) {
 	if err := g.Discard(2, 1, func(r Record) { t.Errorf("emitted %+v", r) }); !errors.Is(err, ErrVersions) {
 		t.Fatalf("discard of the last version: %v", err)
 	}
+	if v, err := g.Precopy(2); !errors.Is(err, ErrVersions) {
+		t.Fatalf("version %d, %v; want none after the last one", v, err)
+	}
 }
 
 func TestLedgerOutside(t *testing.T) {
