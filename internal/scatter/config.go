@@ -113,7 +113,7 @@ type Config struct {
 	// FlightBytes bounds the bytes under way that are not acknowledged; default 64 MiB.
 	FlightBytes int
 	// DirectTarget and IntermediaryTarget are the queueing delays that the engine
-	// tolerates to the destination and to an intermediary; defaults 15 ms and 8 ms.
+	// tolerates to the destination and to an intermediary; defaults 5 ms and 3 ms.
 	// Where both share a bottleneck, the larger one gets nearly all of it: that
 	// keeps the direct path full.
 	DirectTarget, IntermediaryTarget time.Duration

@@ -40,8 +40,9 @@ func (id MigrationID) String() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", id[0:4], id[4:6], id[6:8], id[8:10], id[10:16])
 }
 
-// Session names one reservation at an intermediary. An intermediary that restarted
-// gives a new one, which is how its peers learn that the pages are gone.
+// Session names one reservation at an intermediary. It survives a restart of the
+// intermediary's agent, as the pages do; once they are lost, a reservation gets a new
+// name, which is how peers learn of it.
 type Session [16]byte
 
 // Role is the conversation that a connection carries. The agent named first dials.
