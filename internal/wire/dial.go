@@ -112,7 +112,7 @@ func (d *dialling) greet(ctx context.Context, raw net.Conn, credentials *Credent
 	if err := secure.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("TLS handshake: %w", err)
 	}
-	if err := sendPlain(secure, TypeHello, d.hello.append(nil)); err != nil {
+	if err := sendPlain(secure, TypeHello, d.hello.encode()); err != nil {
 		return nil, fmt.Errorf("sending Hello: %w", rejected(err, credentials))
 	}
 	in := bufio.NewReaderSize(secure, laneReader)
@@ -200,7 +200,7 @@ func (d *dialling) lane(ctx context.Context, session *tls.ConnectionState, p pre
 	}
 	l := d.conn.newLane(p.kind, int(p.number), raw, raw, bufio.NewReaderSize(raw, laneReader))
 	if err = l.secure(session, true); err == nil {
-		err = l.sendOpening(TypeLaneOpen, p.append(nil))
+		err = l.sendOpening(TypeLaneOpen, p.encode())
 	}
 	if err == nil {
 		err = l.receiveOpening(TypeLaneReady)

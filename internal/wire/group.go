@@ -84,7 +84,7 @@ func (l *Listener) openControl(raw *peeked, deadline time.Time, log logr.Logger)
 		return fmt.Errorf("node %s: %w", peer, err)
 	}
 	w := welcome{version: Version, idle: l.o.idleMillis(), software: l.o.Software}
-	if err = sendPlain(secure, TypeWelcome, w.append(nil)); err == nil {
+	if err = sendPlain(secure, TypeWelcome, w.encode()); err == nil {
 		err = raw.SetDeadline(time.Time{})
 	}
 	if err != nil {
@@ -116,8 +116,10 @@ func refuse(secure *tls.Conn, raw net.Conn, e *Error) {
 		return
 	}
 	halfClose(raw)
-	raw.SetReadDeadline(time.Now().Add(linger))
-	io.Copy(io.Discard, io.LimitReader(raw, maxOpening))
+	if raw.SetReadDeadline(time.Now().Add(linger)) != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(raw, maxOpening)) // how the peer ends it is all the same
 }
 
 // register makes the lanes of a connection welcome until the deadline.

@@ -23,8 +23,8 @@ const (
 	maxSoftware = 63
 )
 
-func (h *hello) append(dst []byte) []byte {
-	dst = binary.BigEndian.AppendUint32(dst, helloMagic)
+func (h *hello) encode() []byte {
+	dst := binary.BigEndian.AppendUint32(nil, helloMagic)
 	dst = binary.BigEndian.AppendUint16(dst, h.minVersion)
 	dst = binary.BigEndian.AppendUint16(dst, h.maxVersion)
 	dst = binary.BigEndian.AppendUint64(dst, h.features)
@@ -78,8 +78,8 @@ type welcome struct {
 	software string
 }
 
-func (w *welcome) append(dst []byte) []byte {
-	dst = binary.BigEndian.AppendUint16(dst, w.version)
+func (w *welcome) encode() []byte {
+	dst := binary.BigEndian.AppendUint16(nil, w.version)
 	dst = binary.BigEndian.AppendUint64(dst, w.features)
 	dst = binary.BigEndian.AppendUint32(dst, w.idle)
 	dst = binary.BigEndian.AppendUint16(dst, uint16(len(w.software)))

@@ -81,7 +81,7 @@ func TestFlippedBits(t *testing.T) {
 	t.Parallel()
 	s := wire.NewSealer(wire.NewKey())
 	frame := 16 + 4112 + 2*16 + 16
-	for at := 0; at < frame; at++ {
+	for at := range frame {
 		if at > 40 && at < 4100 && at%1000 != 0 || at >= 4 && at < 7 { // 4 to 6: see TestOversized
 			continue
 		}
@@ -158,7 +158,7 @@ func TestCutFrame(t *testing.T) {
 		a, b, tcp := meddled(t, wire.SourceToIntermediary, 30*time.Second)
 		tcp[1].meddle(func(c *meddler, frame []byte) []byte {
 			c.Conn.Write(frame[:n])
-			c.Conn.Close()
+			c.Close()
 			return nil
 		})
 		a.Bulk(0).SendBatch(onePage(wire.NewSealer(wire.NewKey())))

@@ -14,30 +14,30 @@ import (
 )
 
 func FuzzHello(f *testing.F) {
-	f.Add((&hello{minVersion: 1, maxVersion: 1, role: SourceToDestination, lanes: 2, idle: 30000, software: "x"}).append(nil))
-	f.Add((&hello{minVersion: 2, maxVersion: 3}).append(nil))
+	f.Add((&hello{minVersion: 1, maxVersion: 1, role: SourceToDestination, lanes: 2, idle: 30000, software: "x"}).encode())
+	f.Add((&hello{minVersion: 2, maxVersion: 3}).encode())
 	f.Fuzz(func(t *testing.T, body []byte) {
 		h, err := parseHello(body)
-		if err == nil && h.minVersion <= Version && h.maxVersion >= Version && !bytes.HasPrefix(body, h.append(nil)) {
+		if err == nil && h.minVersion <= Version && h.maxVersion >= Version && !bytes.HasPrefix(body, h.encode()) {
 			t.Fatalf("%+v has two forms", h)
 		}
 	})
 }
 
 func FuzzWelcome(f *testing.F) {
-	f.Add((&welcome{version: 1, features: 3, idle: 30000, software: "x"}).append(nil))
+	f.Add((&welcome{version: 1, features: 3, idle: 30000, software: "x"}).encode())
 	f.Fuzz(func(t *testing.T, body []byte) {
-		if w, err := parseWelcome(body); err == nil && !bytes.Equal(w.append(nil), body) {
+		if w, err := parseWelcome(body); err == nil && !bytes.Equal(w.encode(), body) {
 			t.Fatalf("%+v has two forms", w)
 		}
 	})
 }
 
 func FuzzPreamble(f *testing.F) {
-	f.Add((&preamble{kind: LaneBulk, number: 3, group: [16]byte{1}}).append(nil))
-	f.Add((&preamble{kind: LaneUrgent}).append(nil))
+	f.Add((&preamble{kind: LaneBulk, number: 3, group: [16]byte{1}}).encode())
+	f.Add((&preamble{kind: LaneUrgent}).encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if p, err := parsePreamble(b); err == nil && !bytes.Equal(p.append(nil), b) {
+		if p, err := parsePreamble(b); err == nil && !bytes.Equal(p.encode(), b) {
 			t.Fatalf("%+v has two forms", p)
 		}
 	})

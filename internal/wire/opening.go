@@ -28,8 +28,8 @@ const (
 	laneFirstByte = preambleMagic >> 24
 )
 
-func (p *preamble) append(dst []byte) []byte {
-	dst = binary.BigEndian.AppendUint32(dst, preambleMagic)
+func (p *preamble) encode() []byte {
+	dst := binary.BigEndian.AppendUint32(nil, preambleMagic)
 	dst = append(dst, byte(p.kind), p.number, 0, 0)
 	return append(dst, p.group[:]...)
 }

@@ -25,7 +25,7 @@ func NewKey() (k Key) {
 }
 
 // Format writes a placeholder, whatever the verb: a key must not get into logs.
-func (Key) Format(w fmt.State, _ rune) { io.WriteString(w, "key(hidden)") }
+func (Key) Format(w fmt.State, _ rune) { _, _ = io.WriteString(w, "key(hidden)") }
 
 // Encoding says how a page's bytes were made before they were sealed.
 type Encoding uint8
