@@ -15,6 +15,14 @@ import (
 )
 
 func main() {
+	if err := execute(); err != nil {
+		fmt.Fprintln(os.Stderr, "agent:", err)
+		os.Exit(1)
+	}
+}
+
+// execute runs the command line until it is done or a signal stops it.
+func execute() error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := &cobra.Command{
@@ -30,9 +38,5 @@ driven through a control socket that only its own user can open.`,
 		SilenceErrors: true,
 	}
 	root.AddCommand(runCommand(), statusCommand(), startCommand(), watchCommand(), cancelCommand())
-	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "agent:", err)
-		stop()
-		os.Exit(1)
-	}
+	return root.ExecuteContext(ctx)
 }

@@ -64,8 +64,12 @@ func run(ctx context.Context, o runOptions) error {
 	if err != nil {
 		return fmt.Errorf("loading credentials: %w", err)
 	}
-	if id, err := own.Identity(); err != nil || string(id) != o.node {
-		return fmt.Errorf("certificate %s is for node %q, not for %q (%v): peers would refuse this agent", o.cert, id, o.node, err)
+	id, err := own.Identity()
+	if err != nil {
+		return fmt.Errorf("certificate %s names no node, so peers would refuse this agent: %w", o.cert, err)
+	}
+	if string(id) != o.node {
+		return fmt.Errorf("certificate %s is for node %q, not for %q: peers would refuse this agent", o.cert, id, o.node)
 	}
 	a, err := agent.New(agent.Config{
 		Node: o.node, Listen: o.listen, StateDir: o.stateDir,

@@ -108,17 +108,16 @@ func (l *loop) send(t guest.Type, payload any) {
 	l.port.write(l.out)
 }
 
-// keepBeating sends a beat if one is due and says whether it did.
-func (l *loop) keepBeating(now uint64) bool {
+// keepBeating sends a beat if one is due.
+func (l *loop) keepBeating(now uint64) {
 	if now-l.lastBeat < beatEvery {
-		return false
+		return
 	}
 	l.lastBeat = now
 	l.beat.Seq++
 	l.beat.Nanos = now
 	l.out = guest.AppendBeat(l.out[:0], l.beat)
 	l.port.write(l.out)
-	return true
 }
 
 func (l *loop) work() {

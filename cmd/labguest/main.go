@@ -27,39 +27,38 @@ const telemetryPort = "/dev/ttyS1"
 
 func main() {
 	debug.SetGCPercent(-1)
-	if err := run(); err != nil {
+	l, err := setUp()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "labguest:", err)
+		// Init must not return: the kernel would panic and hide the message.
+		_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_POWER_OFF)
+		select {}
 	}
-	// Only a failure comes here. Init must not return: the kernel would panic
-	// and hide the message.
-	_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_POWER_OFF)
-	select {}
+	l.start()
 }
 
-func run() error {
+func setUp() (*loop, error) {
 	if err := mountFileSystems(); err != nil {
-		return err
+		return nil, err
 	}
 	line, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	config, err := guest.ParseCommandLine(string(line))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	runtime.GOMAXPROCS(config.CPUs)
 	port, err := openPort(telemetryPort)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	mem, err := newMemory(config)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	l := &loop{config: config, mem: mem, port: port}
-	l.start()
-	return nil
+	return &loop{config: config, mem: mem, port: port}, nil
 }
 
 func mountFileSystems() error {
@@ -99,7 +98,7 @@ func openPort(path string) (port, error) {
 // write gives up the rest of a frame when the line is full: the decoder on the
 // host finds the next one.
 func (p port) write(b []byte) {
-	syscall.RawSyscall(syscall.SYS_WRITE, uintptr(p), address(b), uintptr(len(b)))
+	_, _, _ = syscall.RawSyscall(syscall.SYS_WRITE, uintptr(p), address(b), uintptr(len(b)))
 }
 
 // read returns what has arrived, without waiting.

@@ -63,15 +63,13 @@ func TestVerifyFindsEveryDamageOnceAndForEver(t *testing.T) {
 func TestFaultsCountsFirstTouchesInTheWindow(t *testing.T) {
 	m, _ := newTestMemory(t)
 	m.log = m.log[:logged]
-	for i, s := range []slow{
+	copy(m.log, []slow{
 		{at: 50, latency: 900, page: 1, before: 10},   // before the switch
 		{at: 120, latency: 300, page: 2, before: 10},  // counts
 		{at: 130, latency: 500, page: 3, before: 99},  // counts
 		{at: 140, latency: 700, page: 2, before: 120}, // touched since
 		{at: 250, latency: 800, page: 4, before: 10},  // after the end
-	} {
-		m.log[i] = s
-	}
+	})
 	m.logEnd.Store(5)
 	want := guest.Faults{Count: 2, P50: 500, P99: 500, Max: 500, Sum: 800}
 	if diff := cmp.Diff(want, m.faults(100e6, 200e6)); diff != "" {

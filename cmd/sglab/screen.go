@@ -117,7 +117,7 @@ func (s *screen) summary(result *lab.Result) {
 			r.Method, r.EvictionSeconds, r.LimitSeconds, r.TotalMigrationSeconds, r.DowntimeMs, r.FaultCount,
 			float64(r.FaultP50Us)/1e3, float64(r.FaultP99Us)/1e3, r.LongestStallMs, r.BytesSourceOut>>20, r.PagesVerified, r.PagesWrong)
 	}
-	t.Flush()
+	_ = t.Flush() // the rows are in the result file too
 	fmt.Fprintln(s.out)
 	fmt.Fprintln(s.out, result.Sentence())
 }

@@ -114,7 +114,7 @@ func (a *Agent) prepareSource(ctx context.Context, m *migration) (func(context.C
 		return nil, errors.Join(err, h.close())
 	}
 	return func(ctx context.Context) error {
-		defer h.close()
+		defer func() { _ = h.close() }() // QEMU is told all it must know before
 		res, err := m.scatter.Run(ctx)
 		if err != nil {
 			err = h.explain(err)
@@ -158,7 +158,7 @@ func (a *Agent) gatherConfig(m *migration, h *hypervisor) gather.Config {
 
 func (a *Agent) gatherWork(m *migration, h *hypervisor) func(context.Context) error {
 	return func(ctx context.Context) error {
-		defer h.close()
+		defer func() { _ = h.close() }() // QEMU is told all it must know before
 		res, err := m.gather.Run(ctx)
 		if err != nil && ctx.Err() != nil && m.switched() {
 			// The agent stops in mid-gather: the next process goes on from the state.

@@ -83,7 +83,7 @@ func TestWindowOnABusyMachine(t *testing.T) {
 		"exponential": {
 			noise: func(r *rand.Rand) time.Duration { return time.Duration(r.ExpFloat64() * float64(2*ms)) }, use: 0.97},
 		"acks in bunches of 5 ms": {
-			wake: func(at time.Duration) time.Duration { return (at + 5*ms - 1) / (5 * ms) * (5 * ms) }, use: 0.97},
+			wake: func(at time.Duration) time.Duration { return (at + 5*ms - 1).Truncate(5 * ms) }, use: 0.97},
 		// Of a stall of 20 ms the queue bridges 5, and 85 % are left.
 		"stalls of 20 ms": {wake: each(101*ms, 20*ms), use: 0.80},
 		"stalls of 50 ms": {wake: each(501*ms, 50*ms), use: 0.88},

@@ -51,16 +51,16 @@ func (e *Engine) onHolders(f *wire.Frame) error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	table := e.state.meta.Setup.Holders
-	if int(h.First) > len(table) {
-		return fmt.Errorf("%w: intermediaries are added at place %d of a table of %d", wire.ErrProtocol, h.First, len(table))
+	setup := e.state.meta.Setup
+	if int(h.First) > len(setup.Holders) {
+		return fmt.Errorf("%w: intermediaries are added at place %d of a table of %d", wire.ErrProtocol, h.First, len(setup.Holders))
 	}
-	known := len(table) - int(h.First)
+	known := len(setup.Holders) - int(h.First)
 	if known >= len(h.Holders) {
 		return nil
 	}
 	added := h.Holders[known:]
-	e.state.meta.Setup.Holders = append(table, added...)
+	setup.Holders = append(setup.Holders, added...)
 	if err := e.state.save(); err != nil {
 		return fmt.Errorf("%w: %w", errLocal, err)
 	}

@@ -108,9 +108,7 @@ func (q *fakeQEMU) dial(ctx context.Context, again bool) (net.Conn, error) {
 	q.conn, q.rpBlock, q.broken = s, "", false
 	q.accepted++
 	q.mu.Unlock()
-	q.wg.Add(1)
-	go func() {
-		defer q.wg.Done()
+	q.wg.Go(func() {
 		defer s.Close()
 		p := &parser{q: q, r: bufio.NewReaderSize(s, 32<<10), last: -1}
 		err := p.run(again)
@@ -121,7 +119,7 @@ func (q *fakeQEMU) dial(ctx context.Context, again bool) (net.Conn, error) {
 			q.err = err
 		}
 		q.changed.Broadcast()
-	}()
+	})
 	return c, nil
 }
 
@@ -178,14 +176,6 @@ func (q *fakeQEMU) awaitPlaced(n uint64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for q.placed.Count() < n && q.err == nil && !q.complete {
-		q.changed.Wait()
-	}
-}
-
-func (q *fakeQEMU) awaitLoaded() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for !q.loaded && q.err == nil {
 		q.changed.Wait()
 	}
 }

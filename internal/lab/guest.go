@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 
@@ -81,12 +82,10 @@ func (g *Guest) Attach(ctx context.Context, side Side, path string) error {
 	g.mu.Lock()
 	g.lines[side] = line
 	g.mu.Unlock()
-	g.readers.Add(1)
-	go func() {
-		defer g.readers.Done()
+	g.readers.Go(func() {
 		defer file.Close()
 		g.listen(side, int(file.Fd()))
-	}()
+	})
 	return nil
 }
 
@@ -222,11 +221,11 @@ func (g *Guest) wrongError(count uint32) error {
 	if count == 0 && len(g.wrong) == 0 {
 		return nil
 	}
-	text := ""
+	var text strings.Builder
 	for _, w := range g.wrong[:min(len(g.wrong), 5)] {
-		text += "\n  " + w.String()
+		text.WriteString("\n  " + w.String())
 	}
-	return fmt.Errorf("guest %s: %w: %d%s", g.Name, ErrWrongPages, max(count, uint32(len(g.wrong))), text)
+	return fmt.Errorf("guest %s: %w: %d%s", g.Name, ErrWrongPages, max(count, uint32(len(g.wrong))), text.String())
 }
 
 // Faults asks the guest for its slow first touches from the switch until a

@@ -83,7 +83,7 @@ func writeAtomically(path string, data []byte) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }() // there is none once it was renamed
 	if _, err := f.Write(data); err != nil {
 		f.Close()
 		return err

@@ -46,10 +46,10 @@ func (r *runner) measure(samples []Sample) {
 		out, in := series(samples, i, from, timelineStep, steps)
 		t.Links = append(t.Links, LinkSeries{Node: node.Name, Out: out, In: in})
 		begin, end := trafficAt(samples, started, i), trafficAt(samples, completed, i)
-		switch {
-		case node == s.Source:
+		switch node {
+		case s.Source:
 			res.BytesSourceOut = end.Out - begin.Out
-		case node == s.Destination:
+		case s.Destination:
 			res.BytesDestinationIn = end.In - begin.In
 		default:
 			res.BytesByIntermediary[node.Name] = end.In - begin.In

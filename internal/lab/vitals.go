@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"slices"
 	"time"
 )
 
@@ -43,9 +44,9 @@ func (g *Guest) switchBeats() (last, first beat, ok bool) {
 func (g *Guest) clockAt(at time.Time) uint64 {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for i := len(g.beats) - 1; i >= 0; i-- {
-		if !g.beats[i].at.After(at) {
-			return g.beats[i].Nanos
+	for _, b := range slices.Backward(g.beats) {
+		if !b.at.After(at) {
+			return b.Nanos
 		}
 	}
 	return 0

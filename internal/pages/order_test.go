@@ -132,11 +132,11 @@ func TestOrderLooksBehindItsEdges(t *testing.T) {
 	}
 	ready.SetRange(5010, 10)
 	for range 3 { // up, down and the sweep
-		if first, k, _ := o.Next(ready, 16); first == 5010 && k == 10 {
+		first, k, _ := o.Next(ready, 16)
+		if first == 5010 && k == 10 {
 			return
-		} else {
-			ready.ClearRange(first, uint64(k))
 		}
+		ready.ClearRange(first, uint64(k))
 	}
 	t.Error("pages behind the upward edge did not come")
 }

@@ -33,7 +33,42 @@ func TestTornStates(t *testing.T) {
 	p := open(t, config(dir))
 	w := reserve(t, p, 64<<20)
 	put(t, w, run(0, 3*extentSlots+100, 5)...)
-	s := w.s
+	tear(t, w.s)
+	abandon(p)
+	w.s.end(ErrClosed)
+	w.s.arena.close()
+	// Reserving died before the arena had its name.
+	if err := os.WriteFile(filepath.Join(dir, "draft"+draftSuffix), []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	p = open(t, config(dir))
+	st := p.Stats()
+	if got := blocks(t, dir); got != st.Used {
+		t.Errorf("the arena takes %d bytes, but the pool counts %d", got, st.Used)
+	}
+	if want := uint64(2*extentSlots + 100 - 3); st.Pages != want {
+		t.Errorf("%d pages found, want %d", st.Pages, want)
+	}
+	r := attach(t, p, w.Session())
+	wantPages(t, r, 0, 10, 5)
+	wantPages(t, r, 10, 1, 6)
+	wantPages(t, r, 11, 9, 5)
+	wantPages(t, r, 21, 9, 5)
+	for _, gone := range []pages.Index{20, 30, 31} {
+		wantPages(t, r, gone, 1, -1)
+	}
+	wantPages(t, r, 32, extentSlots-32, 5)
+	wantPages(t, r, extentSlots, extentSlots, -1)
+	wantPages(t, r, 2*extentSlots, extentSlots+100, 5)
+	w = reserve(t, p, 64<<20)
+	put(t, w, run(0, 4*extentSlots, 7)...)
+	wantPages(t, r, 0, 4*extentSlots, 7)
+}
+
+// tear leaves a session as a process does that died in the midst of everything.
+func tear(t *testing.T, s *session) {
+	t.Helper()
 	slotOf := func(i uint64) uint32 {
 		slot, ok := s.index.table(i).lookup(i)
 		if !ok {
@@ -73,36 +108,6 @@ func TestTornStates(t *testing.T) {
 	for i := uint64(extentSlots); i < 2*extentSlots; i++ {
 		s.arena.desc(slotOf(i)).meta.Store(0)
 	}
-	abandon(p)
-	s.end(ErrClosed)
-	s.arena.close()
-	// Reserving died before the arena had its name.
-	if err := os.WriteFile(filepath.Join(dir, "draft"+draftSuffix), []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-
-	p = open(t, config(dir))
-	st := p.Stats()
-	if got := blocks(t, dir); got != st.Used {
-		t.Errorf("the arena takes %d bytes, but the pool counts %d", got, st.Used)
-	}
-	if want := uint64(2*extentSlots + 100 - 3); st.Pages != want {
-		t.Errorf("%d pages found, want %d", st.Pages, want)
-	}
-	r := attach(t, p, w.Session())
-	wantPages(t, r, 0, 10, 5)
-	wantPages(t, r, 10, 1, 6)
-	wantPages(t, r, 11, 9, 5)
-	wantPages(t, r, 21, 9, 5)
-	for _, gone := range []pages.Index{20, 30, 31} {
-		wantPages(t, r, gone, 1, -1)
-	}
-	wantPages(t, r, 32, extentSlots-32, 5)
-	wantPages(t, r, extentSlots, extentSlots, -1)
-	wantPages(t, r, 2*extentSlots, extentSlots+100, 5)
-	w = reserve(t, p, 64<<20)
-	put(t, w, run(0, 4*extentSlots, 7)...)
-	wantPages(t, r, 0, 4*extentSlots, 7)
 }
 
 // TestHostileArenas opens directories with files that are not ours, or not whole.

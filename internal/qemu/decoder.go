@@ -182,11 +182,10 @@ func (d *Decoder) items(ev *Event) error {
 		}
 		p, err := d.r.need(1)
 		if d.undecided && (err != nil || p[0] != itemFull) {
-			// Nothing of the set-up follows any more. An error is met again by
-			// the next call.
+			// Nothing of the set-up follows any more.
 			d.undecided = false
 			ev.Kind, ev.Section = EventRAMStart, d.setup.RAM.Section
-			return nil
+			return nil //nolint:nilerr // the next call meets an error again
 		}
 		if err != nil {
 			return err

@@ -320,7 +320,7 @@ func (d *testDestination) apply(f *wire.Frame) (reply []wire.Message, err error)
 			return nil, err
 		}
 		if d.refuse != nil {
-			return []wire.Message{&wire.Error{Code: wire.CodeIncompatible, Text: d.refuse.Error()}}, nil
+			return []wire.Message{&wire.Error{Code: wire.CodeIncompatible, Text: d.refuse.Error()}}, nil //nolint:nilerr // the refusal is the reply
 		}
 		d.sealer = wire.NewSealer(d.setup.Key)
 		if d.layout, err = pages.NewLayout(d.setup.Blocks); err != nil {

@@ -54,7 +54,7 @@ func (s *source) halt(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.halted = err
-	s.conn.SetReadDeadline(time.Unix(1, 0))
+	_ = s.conn.SetReadDeadline(time.Unix(1, 0)) // fails on a closed stream, which no read waits on
 }
 
 // until sets the read deadline, unless the source was halted.

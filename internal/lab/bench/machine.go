@@ -32,8 +32,8 @@ func thisMachine() Machine {
 	}
 	var s unix.Sysinfo_t
 	if unix.Sysinfo(&s) == nil {
-		m.MemoryMiB = uint64(s.Totalram) * uint64(s.Unit) >> 20
-		m.Load = float64(s.Loads[0]) / (1 << 16) // a fixed point number (sysinfo(2))
+		m.MemoryMiB = uint64(s.Totalram) * uint64(s.Unit) >> 20 //nolint:unconvert // uint32 on 32-bit machines
+		m.Load = float64(s.Loads[0]) / (1 << 16)                // a fixed point number (sysinfo(2))
 	}
 	return m
 }

@@ -77,7 +77,7 @@ func ParseCommandLine(line string) (Config, error) {
 		"fill": &c.FillMiB, "ws": &c.WorkingSet, "dirty": &c.DirtyRate, "verify": &c.VerifyRate,
 		"requests": &c.Requests, "touches": &c.Touches, "cpus": &c.CPUs,
 	}
-	for _, word := range strings.Fields(line) {
+	for word := range strings.FieldsSeq(line) {
 		name, value, found := strings.Cut(word, "=")
 		name, ours := strings.CutPrefix(name, prefix)
 		if !ours || !found {

@@ -111,7 +111,7 @@ func (r *Receiver) Hello() (Hello, error) {
 	copy(h.UUID[:], p[8:24])
 	h.ID = p[24]
 	r.greeted = true
-	r.r.Discard(helloBytes)
+	_, _ = r.r.Discard(helloBytes) // peeked, so that it cannot fail
 	return h, nil
 }
 
@@ -153,7 +153,7 @@ func (r *Receiver) next(p *Packet) error {
 	if err := r.head(p, head); err != nil {
 		return err
 	}
-	r.r.Discard(headerBytes)
+	_, _ = r.r.Discard(headerBytes) // peeked
 	r.pages = len(p.Normal)
 	r.packets++
 	return nil
@@ -267,7 +267,7 @@ func (r *Receiver) Buffered() int { return r.r.Buffered() - r.held }
 
 // release gives back what Page has handed out.
 func (r *Receiver) release() {
-	r.r.Discard(r.held)
+	_, _ = r.r.Discard(r.held) // peeked
 	r.held = 0
 }
 

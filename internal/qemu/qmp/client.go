@@ -113,7 +113,8 @@ func newClient(ctx context.Context, conn net.Conn) (*Client, error) {
 }
 
 func (c *Client) greet(ctx context.Context, lines *bufio.Reader) error {
-	stop := context.AfterFunc(ctx, func() { c.conn.SetReadDeadline(time.Unix(1, 0)) })
+	// Where a deadline cannot be set, the connection is closed and nothing waits on it.
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	line, err := readLine(lines, nil)
 	if err != nil {
@@ -287,14 +288,15 @@ func (c *Client) write(ctx context.Context, line []byte) error {
 		return c.endCause()
 	}
 	interrupted := make(chan struct{})
+	// As in greet, a deadline that cannot be set is that of a closed connection.
 	stop := context.AfterFunc(ctx, func() {
-		c.conn.SetWriteDeadline(time.Unix(1, 0))
+		_ = c.conn.SetWriteDeadline(time.Unix(1, 0))
 		close(interrupted)
 	})
 	n, err := c.conn.Write(line)
 	if !stop() {
 		<-interrupted
-		c.conn.SetWriteDeadline(time.Time{})
+		_ = c.conn.SetWriteDeadline(time.Time{})
 	}
 	switch {
 	case err == nil:
