@@ -31,23 +31,20 @@ func (e *Engine) connect() error {
 	}
 	conn, resume, err := e.dialDestination(e.ctx)
 	wg.Wait()
+	// Also when the destination does not answer: the roll-back asks all holders to
+	// forget the VM.
+	for _, r := range lenders {
+		e.join(r)
+	}
 	if err == nil && resume.Known {
 		conn.Close()
 		err = fmt.Errorf("the destination %s has seen the migration %s before: begin one with a new id",
 			e.cfg.Destination.Name, e.cfg.Migration)
 	}
 	if err != nil {
-		for _, r := range lenders {
-			if r.conn != nil {
-				r.conn.Close()
-			}
-		}
 		return err
 	}
 	e.wg.Go(func() { e.serveDestination(conn, resume.Applied) })
-	for _, r := range lenders {
-		e.join(r)
-	}
 	return nil
 }
 
