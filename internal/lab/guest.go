@@ -127,9 +127,10 @@ func (g *Guest) take(side Side, at time.Time, t guest.Type, payload []byte) erro
 	case guest.TypeBeat:
 		b := beat{at: at, side: side}
 		if side == AtDestination && g.side == AtSource {
+			// A late beat of the source does not turn it back.
+			g.side = side
 			close(g.resumed)
 		}
-		g.side = side
 		err := guest.Decode(payload, &b.Beat)
 		g.beats = append(g.beats, b)
 		return err
