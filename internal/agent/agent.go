@@ -98,7 +98,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.mu.Lock()
 	a.run = ctx
 	a.mu.Unlock()
-	if err := a.reopen(ctx); err != nil {
+	if err := a.reopen(); err != nil {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() { a.listener.Close() })

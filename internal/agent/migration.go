@@ -74,20 +74,15 @@ func (m *migration) finish(err error) {
 // requestCancel ends a half that has not passed the switch. Afterwards there is no
 // way back: the guest runs at the destination, and ending either half would lose it.
 func (m *migration) requestCancel() error {
-	if m.switched() {
-		return errors.New("the CPU has moved already: the gather must be allowed to end")
+	if m.gather != nil {
+		return m.gather.Cancel()
 	}
+	if phase := m.scatter.Progress().Phase; phase >= scatter.Scattering && phase != scatter.Failed {
+		return gather.ErrSwitched
+	}
+	// A source that switches right now goes on whatever its context says.
 	m.cancel()
 	return nil
-}
-
-// switched tells whether the guest may run at the destination already.
-func (m *migration) switched() bool {
-	if m.scatter != nil {
-		phase := m.scatter.Progress().Phase
-		return phase >= scatter.Scattering && phase != scatter.Failed
-	}
-	return m.gather.Progress().Switched
 }
 
 func (a *Agent) prepareSource(ctx context.Context, m *migration) (func(context.Context) error, error) {
@@ -152,7 +147,7 @@ func (a *Agent) gatherConfig(m *migration, h *hypervisor) gather.Config {
 	return gather.Config{
 		Migration: m.id, StateDir: filepath.Join(gatherDir(a.cfg.StateDir), m.id.String()), Wire: a.cfg.Wire,
 		Connect: h.connect, Recover: func(ctx context.Context) (net.Conn, error) { return h.recoverStream(ctx) },
-		Explain: h.explain, StoreBytes: m.spec.StoreBytes, Log: a.cfg.Log.WithValues("migration", m.id.String(), "role", RoleDestination),
+		Suits: h.suits, Explain: h.explain, StoreBytes: m.spec.StoreBytes, Log: a.cfg.Log.WithValues("migration", m.id.String(), "role", RoleDestination),
 	}
 }
 
@@ -160,9 +155,8 @@ func (a *Agent) gatherWork(m *migration, h *hypervisor) func(context.Context) er
 	return func(ctx context.Context) error {
 		defer func() { _ = h.close() }() // QEMU is told all it must know before
 		res, err := m.gather.Run(ctx)
-		if err != nil && ctx.Err() != nil && m.switched() {
-			// The agent stops in mid-gather: the next process goes on from the state.
-			return err
+		if errors.Is(err, gather.ErrInterrupted) {
+			return err // the next process goes on from the state, and needs the request
 		}
 		if rmErr := os.Remove(a.specPath(m.id)); rmErr != nil {
 			a.cfg.Log.Error(rmErr, "A finished gather's request stays behind", "migration", m.id.String())
@@ -198,13 +192,13 @@ func (a *Agent) saveSpec(m *migration) error {
 }
 
 // reopen takes up the gathers that an earlier process of this agent left.
-func (a *Agent) reopen(ctx context.Context) error {
+func (a *Agent) reopen() error {
 	files, err := filepath.Glob(filepath.Join(gatherDir(a.cfg.StateDir), "*"+specSuffix))
 	if err != nil {
 		return fmt.Errorf("looking for gathers to go on with: %w", err)
 	}
 	for _, file := range files {
-		if err := a.reopenOne(ctx, file); err != nil {
+		if err := a.reopenOne(file); err != nil {
 			// One gather that cannot go on must not keep the others from it.
 			a.cfg.Log.Error(err, "A gather that an earlier process began cannot go on", "request", file)
 		}
@@ -212,7 +206,7 @@ func (a *Agent) reopen(ctx context.Context) error {
 	return nil
 }
 
-func (a *Agent) reopenOne(ctx context.Context, file string) error {
+func (a *Agent) reopenOne(file string) error {
 	id, err := wire.ParseMigrationID(strings.TrimSuffix(filepath.Base(file), specSuffix))
 	if err != nil {
 		return err
@@ -228,15 +222,15 @@ func (a *Agent) reopenOne(ctx context.Context, file string) error {
 	if err := m.spec.Validate(); err != nil {
 		return err
 	}
-	h, err := attachMonitor(ctx, m.spec)
-	if err != nil {
+	h := &hypervisor{spec: m.spec}
+	if m.gather, err = gather.Reopen(a.gatherConfig(m, h)); err != nil {
+		if errors.Is(err, gather.ErrNotResumable) {
+			err = errors.Join(err, os.Remove(file))
+		}
 		return err
 	}
-	if m.gather, err = gather.Reopen(a.gatherConfig(m, h)); err != nil {
-		return errors.Join(err, h.close())
-	}
 	if err := a.add(m); err != nil {
-		return errors.Join(err, h.close())
+		return err
 	}
 	a.begin(m, a.gatherWork(m, h))
 	return nil

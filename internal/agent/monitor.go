@@ -11,8 +11,10 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
+	"scattergather.io/scattergather/internal/gather"
 	"scattergather.io/scattergather/internal/qemu/qmp"
 )
 
@@ -28,7 +30,8 @@ const (
 // starts the stream and switches to post-copy.
 type hypervisor struct {
 	spec Spec
-	qmp  *qmp.Client
+	// qmp is nil for a gather that an earlier process began, until it is needed.
+	qmp *qmp.Client
 	// running tells that the guest ran when the agent came.
 	running bool
 	// listener takes the source QEMU's connections; nil at a destination.
@@ -149,7 +152,10 @@ func (h *hypervisor) recoverStream(ctx context.Context) (net.Conn, error) {
 	}
 	ask, cancel := context.WithTimeout(ctx, monitorTimeout)
 	defer cancel()
-	if _, err := h.waitPaused(ask); err != nil {
+	if err := h.reattach(ask); err != nil {
+		return nil, err
+	}
+	if err := h.waitPaused(ask); err != nil {
 		return nil, err
 	}
 	if err := h.qmp.MigrateRecoverOOB(ask, "unix:"+path); err != nil {
@@ -161,23 +167,50 @@ func (h *hypervisor) recoverStream(ctx context.Context) (net.Conn, error) {
 // waitPaused waits until QEMU has noticed that its stream is gone. A monitor that
 // does not answer query-migrate, since the main loop waits for a page, is taken
 // for paused: migrate-recover itself says if it is not.
-func (h *hypervisor) waitPaused(ctx context.Context) (qmp.Status, error) {
+func (h *hypervisor) waitPaused(ctx context.Context) error {
 	short, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	m, err := h.qmp.WaitMigration(short, func(m *qmp.Migration) bool { return m.Status == qmp.StatusPostcopyPaused })
-	if err == nil {
-		return m.Status, nil
+	m, err := h.qmp.WaitMigration(short, func(m *qmp.Migration) bool {
+		return m.Status == qmp.StatusPostcopyPaused || m.Status.Ended()
+	})
+	switch {
+	case err == nil && m.Status == qmp.StatusCompleted:
+		return gather.ErrCompleted
+	case err == nil && m.Status.Ended():
+		return fmt.Errorf("%w: the destination QEMU says that its migration %s: %s", gather.ErrNotResumable, m.Status, m.ErrorDesc)
+	case err == nil:
+		return nil
+	case ctx.Err() == nil && short.Err() != nil:
+		return nil
 	}
-	if ctx.Err() == nil && short.Err() != nil {
-		return qmp.StatusPostcopyPaused, nil
+	return fmt.Errorf("waiting for the destination QEMU to pause its broken migration: %w", err)
+}
+
+// reattach makes sure that there is a connection to the monitor. A monitor on which
+// nobody listens any more belonged to a QEMU that is gone, and its guest with it.
+func (h *hypervisor) reattach(ctx context.Context) error {
+	if h.qmp != nil {
+		select {
+		case <-h.qmp.Done():
+		default:
+			return nil
+		}
 	}
-	return "", fmt.Errorf("waiting for the destination QEMU to pause its broken migration: %w", err)
+	fresh, err := attachMonitor(ctx, h.spec)
+	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: the destination QEMU is gone: %w", gather.ErrNotResumable, err)
+	}
+	if err != nil {
+		return err
+	}
+	h.qmp = fresh.qmp
+	return nil
 }
 
 // explain adds to err what QEMU itself says of the migration, if it says anything.
 func (h *hypervisor) explain(err error) error {
-	if err == nil {
-		return nil
+	if err == nil || h.qmp == nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
@@ -222,7 +255,10 @@ func (h *hypervisor) close() error {
 	if h.listener != nil {
 		err = h.listener.Close()
 	}
-	return errors.Join(err, h.qmp.Close())
+	if h.qmp != nil {
+		err = errors.Join(err, h.qmp.Close())
+	}
+	return err
 }
 
 func removeStale(path string) error {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/go-logr/logr"
 
+	"scattergather.io/scattergather/internal/pages"
 	"scattergather.io/scattergather/internal/wire"
 )
 
@@ -39,6 +40,10 @@ type Config struct {
 	Wire    wire.Options
 	Connect Stream
 	Recover Recover
+	// Suits returns why the destination QEMU cannot take a VM of that machine type and
+	// those RAM blocks, or nil if nothing speaks against it; may be nil. QEMU itself
+	// says to whoever feeds it only that its argument is invalid.
+	Suits func(ctx context.Context, machine string, blocks []pages.Block) error
 	// Explain adds to an error what the hypervisor itself says about it; may be nil.
 	Explain func(error) error
 	Log     logr.Logger
@@ -69,8 +74,16 @@ var (
 	// QEMU has completed its migration.
 	ErrCompleted = errors.New("the destination QEMU has completed its migration")
 	// ErrNotResumable is wrapped by Reopen's error when the earlier process ended
-	// before QEMU had the device state: that QEMU cannot be fed again.
+	// before QEMU had the device state: that QEMU cannot be fed again. Recover returns
+	// it when the QEMU is gone, and the guest with it; then Run's error wraps it.
 	ErrNotResumable = errors.New("the gather cannot be resumed")
+	// ErrInterrupted is wrapped by Run's error when the gather did not end, but only
+	// this process's part of it: its state waits for Reopen.
+	ErrInterrupted = errors.New("the gather was interrupted")
+	// ErrSwitched is returned by Cancel when the device state is here already.
+	ErrSwitched = errors.New("the CPU has moved already: the gather must be allowed to end")
+	// ErrCancelled is wrapped by Run's error after Cancel.
+	ErrCancelled = errors.New("the gather was cancelled")
 	// ErrAborted is wrapped by Run's error when the source gave the migration up
 	// before the switch of the CPU.
 	ErrAborted = errors.New("the source aborted the migration")

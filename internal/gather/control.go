@@ -113,6 +113,8 @@ func (e *Engine) onPackage(f *wire.Frame) error {
 	defer e.mu.Unlock()
 	have := uint64(len(e.pkg))
 	switch {
+	case e.cancelled:
+		return ErrCancelled
 	case p.Total > e.cfg.PackageBytes:
 		return fmt.Errorf("%w: device state of %d bytes, at most %d are taken", errBad, p.Total, e.cfg.PackageBytes)
 	case have > 0 && p.Total != e.pkgTotal:

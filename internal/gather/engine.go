@@ -25,6 +25,8 @@ type Engine struct {
 
 	// attach takes the source's newest connection to Run.
 	attach chan *wire.Conn
+	// cancel is closed by Cancel.
+	cancel chan struct{}
 	// described is closed when the source has described the VM. What follows is set
 	// before that and never changes.
 	described chan struct{}
@@ -57,6 +59,8 @@ type Engine struct {
 	ready     bool   // QEMU accepted the VM
 	commitSeq uint64 // number of the last Commit frame
 	commitErr error  // why it was not granted
+	// cancelled is set by Cancel: no device state is taken any more.
+	cancelled bool
 
 	// settled tells that pages are not busy any more.
 	settled *sync.Cond
@@ -143,7 +147,7 @@ func newEngine(cfg Config, st *state) *Engine {
 	cfg.setDefaults()
 	e := &Engine{
 		cfg: cfg, log: cfg.Log, state: st, source: cfg.Source,
-		attach: make(chan *wire.Conn, 1), described: make(chan struct{}), packaged: make(chan struct{}),
+		attach: make(chan *wire.Conn, 1), cancel: make(chan struct{}), described: make(chan struct{}), packaged: make(chan struct{}),
 		wakeWriter: newSignal(), wakeTend: newSignal(),
 		bulkFrames:   wire.NewFramePool(maxReads + pages.MaxHolders*wire.MaxLanes),
 		urgentFrames: wire.NewFramePool(maxReads + pages.MaxHolders),
@@ -213,6 +217,13 @@ func (e *Engine) Run(ctx context.Context) (Result, error) {
 	var wg sync.WaitGroup
 	wg.Go(func() { e.serveSources(inner, fail) })
 	wg.Go(func() { e.tend(inner) })
+	wg.Go(func() {
+		select {
+		case <-e.cancel:
+			fail(ErrCancelled)
+		case <-ctx.Done():
+		}
+	})
 	err := e.gather(ctx)
 	if err != nil {
 		err = e.cfg.Explain(err)
@@ -222,6 +233,21 @@ func (e *Engine) Run(ctx context.Context) (Result, error) {
 	fail(err)
 	wg.Wait()
 	return e.finish(err)
+}
+
+// Cancel ends a gather that has not got the device state. Afterwards it returns
+// ErrSwitched: the guest may run here, and is nowhere else.
+func (e *Engine) Cancel() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.handed() {
+		return ErrSwitched
+	}
+	if !e.cancelled {
+		e.cancelled = true
+		close(e.cancel)
+	}
+	return nil
 }
 
 // gather goes through the stages.
@@ -246,7 +272,11 @@ func (e *Engine) gather(ctx context.Context) error {
 		if errors.Is(err, ErrRefused) {
 			return err
 		}
-		if f, err = e.recover(ctx, err); err != nil && !errors.Is(err, ErrCompleted) {
+		f, err = e.recover(ctx, err)
+		if errors.Is(err, ErrNotResumable) {
+			c.dissolve() // nobody will ever ask for these pages
+		}
+		if err != nil && !errors.Is(err, ErrCompleted) {
 			return err
 		}
 	}
@@ -302,7 +332,7 @@ func (e *Engine) finish(err error) (Result, error) {
 	e.mu.Unlock()
 	e.publish(true)
 	if e.interrupted(err) {
-		return res, errors.Join(fmt.Errorf("the gather was interrupted: %w", err), e.state.close())
+		return res, errors.Join(fmt.Errorf("%w: %w", ErrInterrupted, err), e.state.close())
 	}
 	return res, errors.Join(err, e.state.remove())
 }
@@ -322,7 +352,7 @@ func (e *Engine) refuse(err error) {
 		code = wire.CodeIncompatible
 	case errors.Is(err, wire.ErrProtocol):
 		code = wire.CodeProtocol
-	case errors.Is(err, context.Canceled):
+	case errors.Is(err, context.Canceled) || errors.Is(err, ErrCancelled):
 		code = wire.CodeStopping
 	}
 	s.conn.Fail(&wire.Error{Code: code, Text: err.Error()})

@@ -65,6 +65,11 @@ func (e *Engine) begin(ctx context.Context) (*feed, error) {
 	if err := wait(ctx, e.described); err != nil {
 		return nil, err
 	}
+	if e.cfg.Suits != nil {
+		if err := e.cfg.Suits(ctx, e.opening.Machine, e.opening.RAM.Blocks); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrRefused, err)
+		}
+	}
 	conn, err := e.cfg.Connect(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("%w: connecting to it: %w", ErrRefused, err)

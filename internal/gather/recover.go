@@ -38,6 +38,9 @@ func (e *Engine) recover(ctx context.Context, cause error) (*feed, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
+		if errors.Is(err, ErrNotResumable) {
+			return nil, err
+		}
 		e.mu.Lock()
 		st := e.stage
 		if errors.Is(err, ErrCompleted) && st == stageEnding {
