@@ -22,10 +22,11 @@ const (
 	maxUrgentReads = 64
 	// minRead and readTime say how large a Read of prepaging is: as much as arrives in
 	// readTime, so that an urgent answer never waits long behind one.
-	minRead  = 8
+	minRead  = 4
 	readTime = time.Millisecond
-	// minWindow and maxWindow bound what may be under way by prepaging, in bytes.
-	minWindow = 2 * 16 * wire.MaxSealed
+	// minWindow and maxWindow bound what may be under way by prepaging, in bytes. The
+	// least is what every demand fault waits for on a slow link, 4 ms at 100 Mbit/s.
+	minWindow = 3 * minRead * wire.MaxSealed
 	maxWindow = 32 << 20
 	// quietTime is how long no direct page must have come for prepaging to begin
 	// before the source has sent everything.

@@ -67,7 +67,7 @@ const kernelMiB = 112
 // different data.
 func (s Spec) guestConfig(number int) guest.Config {
 	return guest.Config{
-		Seed: uint64(number)*0x9e3779b97f4a7c15 + 1, FillMiB: s.MemoryMiB - kernelMiB - s.MemoryMiB/100,
+		Seed: uint64(number)*0x9e3779b97f4a7c15 + 1, FillMiB: s.MemoryMiB - kernelMiB - s.MemoryMiB*3/100,
 		Mix: s.Mix, WorkingSet: s.WorkingSet, DirtyRate: s.DirtyRate, VerifyRate: s.VerifyRate,
 		Requests: s.Requests, Touches: 4, CPUs: s.CPUs,
 	}

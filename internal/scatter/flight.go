@@ -207,19 +207,25 @@ func (e *Engine) landed(f *flight, by pages.Holder) {
 	e.room.Broadcast()
 }
 
-// batchPages is how many pages the next batch should have: as many as the destination
-// takes in 2 ms, so that an urgent page never waits long behind a batch, but at least
-// as many as leave in 1 ms: each batch and its acknowledgement cost a dozen system
-// calls on the way, and with smaller ones the processors are busy before the links.
+// batchPages is how many pages the next batch should have. One that the destination has
+// room for is as large as it takes in 2 ms, so that an urgent page never waits long
+// behind a batch. The others, for intermediaries, are as large as leaves in 1 ms: each
+// batch and its acknowledgement cost a dozen system calls on the way, and with smaller
+// ones the processors are busy before the links.
 func (e *Engine) batchPages() int {
-	if e.phase < Precopy {
-		return wire.MaxBatch
-	}
 	var total float64
 	for _, h := range e.holders {
 		total += h.window.Rate()
 	}
-	direct := e.holders[0].window.Rate()
-	bytes := max(direct*0.002, total*0.001)
+	direct := e.holders[0]
+	n := batchOf(direct.window.Rate() * 0.002)
+	if look := direct.candidate(n*wire.MaxSealed, n*wire.MaxSealed); look.takes(n * wire.MaxSealed) {
+		return n
+	}
+	return max(n, batchOf(total*0.001))
+}
+
+// batchOf is the number of pages that so many bytes are, within a batch's bounds.
+func batchOf(bytes float64) int {
 	return min(max(int(bytes)/pages.Size, 4), wire.MaxBatch)
 }

@@ -12,7 +12,7 @@ import (
 
 // uplink is the source's rate in the shaped scenarios, in bits per second: far below
 // what two processors carry with the guest emulated beside.
-const uplink = 800e6
+const uplink = 500e6
 
 // The shape of the papers' figure 15 (876 Mbit/s at the source, 139 direct, 200 for
 // each intermediary), scaled to uplink.
@@ -31,9 +31,9 @@ type plan struct {
 
 func newPlan(quick bool) plan {
 	if quick {
-		return plan{quick: true, memory: 256, large: 640}
+		return plan{quick: true, memory: 224, large: 640}
 	}
-	return plan{memory: 384, large: 1280}
+	return plan{memory: 320, large: 1280}
 }
 
 // spec is the scene that all scenarios are derived from. The guest's memory is nearly
