@@ -31,7 +31,8 @@ integration() {
     command -v sudo >/dev/null || { echo "test: the real-QEMU runs need root, and there is no sudo: run this as root" >&2; exit 1; }
     as=(sudo --preserve-env=PATH,HOME,GOCACHE,GOMODCACHE,GOFLAGS,GOPROXY,SG_CACHE,CGO_ENABLED)
   fi
-  "${as[@]}" "$go" test ./test/... -count=1 -timeout 25m -v "$@" | readable
+  # By its path: sudo may search another one.
+  "${as[@]}" "$(command -v "$go")" test ./test/... -count=1 -timeout 25m -v "$@" | readable
 }
 
 case ${1:-all} in
