@@ -104,8 +104,7 @@ func property[T any](ctx context.Context, c *qmp.Client, path, name string) (T, 
 
 // ignoreRefusal makes nil of QEMU's answer that it does not know or have something.
 func ignoreRefusal(err error) error {
-	var refusal *qmp.Error
-	if errors.As(err, &refusal) {
+	if _, refused := errors.AsType[*qmp.Error](err); refused {
 		return nil
 	}
 	return err

@@ -147,6 +147,7 @@ func await(ctx context.Context, c *agent.Client, id string, holds func(agent.Sta
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
+			//nolint:errorlint // the last answer may be nil, and nobody looks for it
 			return last, fmt.Errorf("%w; it was %s, %s (last answer: %v)", context.Cause(ctx), last.State, phases(last), err)
 		}
 	}

@@ -238,7 +238,7 @@ func (s *stage) close() error {
 		processes = append(processes, s.guest.Source.Process)
 		s.dismiss(s.guest)
 	}
-	err = errors.Join(err, s.Scene.Close())
+	err = errors.Join(err, s.Close())
 	for _, p := range processes {
 		select {
 		case <-p.Done():
