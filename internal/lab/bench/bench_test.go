@@ -61,7 +61,7 @@ func TestALinkIsTheLimit(t *testing.T) {
 
 func TestModel(t *testing.T) {
 	p := newPlan(false)
-	run := &lab.RunResult{LimitSeconds: 2}
+	run := &lab.RunResult{LimitSeconds: 2 * goodput}
 	var got []float64
 	for k := range modelMost + 1 {
 		got = append(got, predicted(p.few(k).spec, run))

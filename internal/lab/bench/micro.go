@@ -17,11 +17,11 @@ var paths = []struct {
 	names *regexp.Regexp
 }{
 	{"scatter path (QEMU's stream, ledger, sealing, sending)", regexp.MustCompile(
-		`^BenchmarkDecodePages|^BenchmarkReceiver|^BenchmarkHotPath/Ledger|^BenchmarkBulk/.*seal=true|^BenchmarkScatter`)},
+		`^BenchmarkDecodePages|^BenchmarkReceiver|^BenchmarkHotPath/Ledger|^BenchmarkBulk/.*seal=true`)},
 	{"intermediary (receiving, storing, reading)", regexp.MustCompile(
 		`^BenchmarkBulk/.*seal=false|^BenchmarkPut|^BenchmarkGet`)},
 	{"gather path (receiving, opening, page map, order, stream to QEMU)", regexp.MustCompile(
-		`^BenchmarkBulk/.*seal=true|^BenchmarkHotPath/(Map|Order)|^BenchmarkEncode|^BenchmarkGather`)},
+		`^BenchmarkBulk/.*seal=true|^BenchmarkHotPath/(Map|Order)|^BenchmarkEncode|^BenchmarkDirect|^BenchmarkIntermediaries`)},
 }
 
 var allocsPerOp = regexp.MustCompile(`^(Benchmark\S+?)(?:-\d+)?\s.*?(\d+(?:\.\d+)?) allocs/(?:op|page)`)
