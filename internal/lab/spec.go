@@ -38,9 +38,11 @@ type Spec struct {
 }
 
 // DefaultSpec is the run of the demonstration: the destination takes an eighth
-// of what the source can send.
+// of what the source can send, and there are two intermediaries more than it takes
+// to carry the rest. The links are slow enough for two processors, which also run
+// the guests, all agents and the links, to keep them full.
 func DefaultSpec() Spec {
-	const source = 1600e6
+	const source = 800e6
 	slow := Rates{Up: source / 4, Down: source / 4}
 	return Spec{
 		Source:         Rates{Up: source, Down: source},
@@ -48,8 +50,8 @@ func DefaultSpec() Spec {
 		Intermediaries: []Rates{slow, slow, slow, slow, slow, slow},
 		Queue:          25 * time.Millisecond,
 		VMs:            1,
-		MemoryMiB:      512,
-		WorkingSet:     48,
+		MemoryMiB:      384,
+		WorkingSet:     32,
 		DirtyRate:      1000,
 		VerifyRate:     1000,
 		Requests:       400,
