@@ -21,6 +21,7 @@ import (
 
 	"scattergather.io/scattergather/internal/pages"
 	"scattergather.io/scattergather/internal/qemu"
+	"scattergather.io/scattergather/internal/qemu/qemutest"
 	"scattergather.io/scattergather/internal/wire"
 	"scattergather.io/scattergather/internal/wire/wiretest"
 )
@@ -35,9 +36,11 @@ func TestMain(m *testing.M) {
 
 // fakePackage is a device state as QEMU's decoder takes it: LISTEN, something, PING 3,
 // RUN.
-var fakePackage = qemu.WrapTail([]byte("\x04device state"), 3)
+var fakePackage = qemu.WrapTail(fakeDevices, 3)
 
-var fakeConfig = []byte("QEVM\x00\x00\x00\x03\x07\x00\x00\x00\x02pc")
+var fakeDevices = []byte("\x04device state")
+
+var fakeConfig = qemutest.NewSetup(true).Config
 
 // content is version v of page i; a page that is zero by the test's plan never asks.
 func content(i pages.Index, v pages.Version) []byte {

@@ -179,3 +179,12 @@ func (q *fakeQEMU) awaitPlaced(n uint64) {
 		q.changed.Wait()
 	}
 }
+
+// awaitLoaded waits until the device state is loaded.
+func (q *fakeQEMU) awaitLoaded() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for !q.loaded && q.err == nil {
+		q.changed.Wait()
+	}
+}

@@ -13,6 +13,7 @@ import (
 
 	"scattergather.io/scattergather/internal/pages"
 	"scattergather.io/scattergather/internal/qemu"
+	"scattergather.io/scattergather/internal/qemu/qemutest"
 )
 
 // parser reads one connection.
@@ -28,7 +29,7 @@ type parser struct {
 	discards int
 }
 
-const fakeSection = 7
+const fakeSection = qemutest.Section
 
 func (p *parser) run(again bool) error {
 	if !again {
