@@ -18,7 +18,7 @@ echo "Go benchmarks, into $out/micro.txt"
 # Their own Go programs, without the lab's: those boot guests.
 packages=$(go list ./internal/... | grep -v /internal/lab)
 # shellcheck disable=SC2086 # a list
-go test -run '^$' -bench . -benchmem -benchtime "${BENCHTIME:-200ms}" $packages |
+go test -run '^$' -bench . -benchmem -benchtime "${BENCHTIME:-1s}" $packages |
 	tee "$out/micro.txt" | grep --line-buffered '^Benchmark' || {
 	echo "the Go benchmarks failed: see $out/micro.txt" >&2
 	exit 1

@@ -24,7 +24,7 @@ var paths = []struct {
 		`^BenchmarkBulk/.*seal=true|^BenchmarkHotPath/(Map|Order)|^BenchmarkEncode|^BenchmarkDirect|^BenchmarkIntermediaries`)},
 }
 
-var allocsPerOp = regexp.MustCompile(`^(Benchmark\S+?)(?:-\d+)?\s.*?(\d+(?:\.\d+)?) allocs/(?:op|page)`)
+var allocsPerOp = regexp.MustCompile(`^(Benchmark\S+?)(?:-\d+)?\s.*?(\d+(?:\.\d+)?) allocs/op`)
 
 // allocationRows reads the allocations per page off the output of Go benchmarks. A
 // benchmark's operation is a page or a batch of them.
