@@ -99,9 +99,6 @@ func (e *Engine) runDestination(c *wire.Conn, applied uint64) error {
 	e.mu.Lock()
 	h := e.holders[0]
 	h.attach(c, 0)
-	if e.phase == Committing && !e.committed {
-		e.askCommit()
-	}
 	e.mu.Unlock()
 	l := &link{e: e, h: h, c: c}
 	var scratch []pages.Index
@@ -137,10 +134,8 @@ func (e *Engine) redial() (*wire.Conn, uint64, error) {
 			return c, r.Applied, nil
 		}
 		e.stall(fmt.Sprintf("the destination is out of reach: %v", err))
-		select {
-		case <-time.After(pause):
-		case <-e.ctx.Done():
-			return nil, 0, context.Cause(e.ctx)
+		if err := e.pause(pause); err != nil {
+			return nil, 0, err
 		}
 	}
 }
@@ -234,11 +229,16 @@ func (e *Engine) onCommitted(body []byte) error {
 
 // declined takes a refusal. Before the hand-over it is final. After it the
 // connection goes on: whatever the destination could not do, the source cannot undo.
+// A commit that it refused is asked for again, because the reason may pass.
 func (e *Engine) declined(reason error) error {
+	err := fmt.Errorf("%w: %w", errDeclined, reason)
 	e.mu.Lock()
 	handed := e.handed
+	if handed && e.phase == Committing {
+		e.refusals++
+		e.changed.Broadcast()
+	}
 	e.mu.Unlock()
-	err := fmt.Errorf("%w: %w", errDeclined, reason)
 	if !handed {
 		return err
 	}

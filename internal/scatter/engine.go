@@ -42,6 +42,8 @@ type Engine struct {
 	since   time.Time
 	stalled string
 	failure error // ends the engine
+	// refusals counts how often the destination refused to commit.
+	refusals int
 	// ready, loaded, committed: what the destination said. handed: the device state
 	// was given to the control lane. drained: QEMU has sent its last page.
 	ready, loaded, committed, handed, drained, switched, converges bool
@@ -56,7 +58,7 @@ type Engine struct {
 	leftOut  []Leg
 	looks    []candidate
 	pool     flights
-	backlog  []*flight
+	backlog  line
 	waiting  int // pages in backlog
 	urgent   urgentLane
 	out      outbox
@@ -75,6 +77,12 @@ var errDone = errors.New("the migration is complete")
 // settleTimeout is how long a failure between the switch and the package waits for
 // the package: see Engine.survives.
 const settleTimeout = 2 * time.Second
+
+// recommitFirst and recommitMost bound the pause before a refused commit is asked again.
+const (
+	recommitFirst = 100 * time.Millisecond
+	recommitMost  = 5 * time.Second
+)
 
 // farewellTimeout bounds the wait for the destination to confirm that it heard of the
 // release, which nothing depends on.
@@ -158,18 +166,31 @@ func (e *Engine) settled() bool {
 	return e.drained && e.loaded && e.safe.Count() == e.ledger.Sent()
 }
 
-// commit asks the destination to take the VM over. After a lost connection the
-// question is asked again, because the answer may be what was lost.
+// commit asks the destination to take the VM over, and asks again when it refuses. A
+// question that a lost connection swallowed is in the journal, and the answer comes
+// again on every connection once it is given.
 func (e *Engine) commit() error {
-	e.mu.Lock()
-	e.enter(Committing)
-	e.askCommit()
-	e.mu.Unlock()
-	return e.wait(e.ctx, func() bool { return e.committed })
+	for pause := recommitFirst; ; pause = min(2*pause, recommitMost) {
+		e.mu.Lock()
+		e.enter(Committing)
+		asked := e.refusals
+		e.post(&wire.Commit{Pages: e.ledger.Sent()})
+		e.mu.Unlock()
+		if err := e.wait(e.ctx, func() bool { return e.committed || e.refusals > asked }); err != nil {
+			return err
+		}
+		e.mu.Lock()
+		committed := e.committed
+		e.mu.Unlock()
+		if committed {
+			e.stall("")
+			return nil
+		}
+		if err := e.pause(pause); err != nil {
+			return err
+		}
+	}
 }
-
-// askCommit posts the claim behind all records; the caller holds e.mu.
-func (e *Engine) askCommit() { e.post(&wire.Commit{Pages: e.ledger.Sent()}) }
 
 // release tells QEMU to go and waits until it did. The destination hears of it for
 // its own status; the intermediaries notice that the source left, and keep the pages
@@ -262,6 +283,17 @@ func (e *Engine) wait(ctx context.Context, holds func() bool) error {
 		e.changed.Wait()
 	}
 	return nil
+}
+
+// pause waits that long, or returns why the engine stops.
+func (e *Engine) pause(d time.Duration) error {
+	ctx, cancel := context.WithTimeout(e.ctx, d)
+	defer cancel()
+	err := e.wait(ctx, func() bool { return false })
+	if errors.Is(err, context.DeadlineExceeded) && e.ctx.Err() == nil {
+		return nil
+	}
+	return err
 }
 
 func (e *Engine) wakeAll() {

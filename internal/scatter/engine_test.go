@@ -4,6 +4,7 @@ package scatter
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"net"
 	"slices"
@@ -18,7 +19,13 @@ import (
 	"scattergather.io/scattergather/internal/wire"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// A case is a whole migration. The command line may ask for more of them.
+	if err := flag.Set("rapid.checks", "40"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // run is one migration of a test.
 type run struct {

@@ -269,3 +269,11 @@ func TestDestinationLostAfterTheSwitch(t *testing.T) {
 		}
 	}
 }
+
+// A destination that cannot commit yet is asked again.
+func TestDestinationThatRefusesTheFirstCommit(t *testing.T) {
+	r := newRun(t, 500)
+	r.dst.refuseCommits = 2
+	r.do()
+	r.succeeded()
+}

@@ -10,10 +10,10 @@ import (
 	"scattergather.io/scattergather/internal/wire"
 )
 
-// urgentLane carries pages that the destination's guest waits for. It has no window:
-// such a page goes at once. All of it is guarded by Engine.mu.
+// urgentLane carries pages that the destination's guest waits for. It has no window and
+// needs no credit: such a page goes at once. All of it is guarded by Engine.mu.
 type urgentLane struct {
-	queue []*flight
+	queue line
 	lane  laneState
 	wake  *sync.Cond
 	bytes uint64
@@ -21,19 +21,19 @@ type urgentLane struct {
 
 // detach returns the lane's flights to its queue, for the next connection.
 func (u *urgentLane) detach() {
-	u.queue = append(u.lane.flights, u.queue...)
+	u.queue.first(u.lane.flights)
 	u.lane = laneState{}
 }
 
 // slot returns a flight with room for one page: the last one in the queue, or a new
 // one, or nil when too many are under way.
 func (e *Engine) slot() *flight {
-	if n := len(e.urgent.queue); n > 0 && !e.urgent.queue[n-1].batch.Full() {
-		return e.urgent.queue[n-1]
+	if e.urgent.queue.len() > 0 && !e.urgent.queue.last().batch.Full() {
+		return e.urgent.queue.last()
 	}
 	f := e.pool.take(maxFlights + urgentFlights)
 	if f != nil {
-		e.urgent.queue = append(e.urgent.queue, f)
+		e.urgent.queue.add(f)
 	}
 	return f
 }
@@ -75,7 +75,6 @@ func (e *Engine) repeat(from *flight, p pageRef) {
 func (e *Engine) urge(f *flight, i pages.Index, v pages.Version, sealed int) {
 	f.add(i, v, sealed)
 	e.pool.bytes += sealed
-	e.holders[0].used += uint64(sealed)
 	e.urgent.wake.Signal()
 }
 
@@ -132,14 +131,14 @@ func (e *Engine) want(list []pages.Index) error {
 // underWay looks for the newest version of a page among all flights. The flight is nil
 // when the urgent lane has it already. The caller holds e.mu.
 func (e *Engine) underWay(i pages.Index) (f *flight, p pageRef, ok bool) {
-	if _, _, ok = e.search(i, e.urgent.queue, e.urgent.lane.flights); ok {
+	if _, _, ok = e.search(i, e.urgent.queue.all(), e.urgent.lane.flights); ok {
 		return nil, p, true
 	}
-	if f, p, ok = e.search(i, e.backlog); ok {
+	if f, p, ok = e.search(i, e.backlog.all()); ok {
 		return f, p, true
 	}
 	for _, h := range e.holders {
-		if f, p, ok = e.search(i, h.queue); ok {
+		if f, p, ok = e.search(i, h.queue.all()); ok {
 			return f, p, true
 		}
 		for l := range h.lanes {

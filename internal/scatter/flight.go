@@ -133,7 +133,7 @@ func (e *Engine) place(f *flight, patience bool) error {
 	defer e.mu.Unlock()
 	e.catchWanted(f)
 	e.pool.bytes += f.sealed
-	e.backlog = append(e.backlog, f)
+	e.backlog.add(f)
 	e.waiting += f.n
 	e.drain(time.Now())
 	for patience && (e.waiting > e.slack() || e.congested()) {
@@ -151,18 +151,14 @@ func (e *Engine) drain(now time.Time) {
 	if e.phase < Precopy {
 		return // the destination has not accepted the VM yet
 	}
-	for len(e.backlog) > 0 {
-		f := e.backlog[0]
+	for e.backlog.len() > 0 {
+		f := e.backlog.all()[0]
 		to := choose(e.candidates(f.batch.Bytes(), f.sealed), f.batch.Bytes())
 		if to == nowhere {
 			return
 		}
 		e.waiting -= f.n
-		e.backlog[0] = nil
-		if e.backlog = e.backlog[1:]; len(e.backlog) == 0 {
-			e.backlog = nil
-		}
-		e.holders[to].assign(f, now)
+		e.holders[to].assign(e.backlog.take(), now)
 	}
 }
 
@@ -183,7 +179,7 @@ func (e *Engine) replace(lost []*flight) {
 		e.waiting += f.n
 		e.counts.Replaced += uint64(f.n)
 	}
-	e.backlog = append(lost, e.backlog...)
+	e.backlog.first(lost)
 	e.drain(time.Now())
 	e.room.Broadcast()
 }

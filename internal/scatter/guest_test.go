@@ -3,6 +3,7 @@
 package scatter
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -129,6 +130,12 @@ func (s *testSource) connect(t tb) net.Conn {
 		t.Fatal(err)
 	}
 	return c
+}
+
+// accept is an Acceptor that nobody connects to.
+func (s *testSource) accept(ctx context.Context) (net.Conn, error) {
+	<-ctx.Done()
+	return nil, context.Cause(ctx)
 }
 
 func (s *testSource) flush() error {

@@ -37,7 +37,7 @@ type holder struct {
 	granted, used uint64
 
 	// queue is placed here and not taken by a lane yet; wake tells the lanes.
-	queue []*flight
+	queue line
 	wake  *sync.Cond
 	lanes []laneState
 }
@@ -74,8 +74,8 @@ func (h *holder) detach(why error) []*flight {
 	for i := range h.lanes {
 		lost = append(lost, h.lanes[i].flights...)
 	}
-	lost = append(lost, h.queue...)
-	h.conn, h.reason, h.lanes, h.queue = nil, why.Error(), nil, nil
+	lost = append(lost, h.queue.empty()...)
+	h.conn, h.reason, h.lanes = nil, why.Error(), nil
 	return lost
 }
 
@@ -110,7 +110,7 @@ func (h *holder) assign(f *flight, now time.Time) {
 	f.placed = now
 	h.window.Sent(f.batch.Bytes(), now)
 	h.used += uint64(f.sealed)
-	h.queue = append(h.queue, f)
+	h.queue.add(f)
 	h.wake.Signal()
 }
 

@@ -57,19 +57,18 @@ func (l *link) end(err error) {
 
 // send writes what the queue brings until the connection ends. One write is one
 // batch.
-func (l *link) send(lane *wire.Lane, st *laneState, queue *[]*flight, wake *sync.Cond, sent *uint64) error {
+func (l *link) send(lane *wire.Lane, st *laneState, queue *line, wake *sync.Cond, sent *uint64) error {
 	e := l.e
 	for {
 		e.mu.Lock()
-		for len(*queue) == 0 && !l.closed {
+		for queue.len() == 0 && !l.closed {
 			wake.Wait()
 		}
 		if l.closed {
 			e.mu.Unlock()
 			return wire.ErrClosed
 		}
-		f := (*queue)[0]
-		*queue = (*queue)[1:]
+		f := queue.take()
 		st.seq++
 		f.batch.Seq = st.seq
 		st.flights = append(st.flights, f)

@@ -209,7 +209,9 @@ type testDestination struct {
 	// readyAfter delays Ready; refuse refuses instead.
 	readyAfter time.Duration
 	refuse     error
-	delay      func()
+	// refuseCommits is how many commits it refuses at first.
+	refuseCommits int
+	delay         func()
 	// onFrame sees every frame before it is served; an error cuts the connection.
 	onFrame func(*wire.Lane, *wire.Frame) error
 	// onStored sees every data page that arrived.
@@ -376,6 +378,10 @@ func (d *testDestination) applyCommit(f *wire.Frame) ([]wire.Message, error) {
 	if err != nil {
 		return nil, err
 	}
+	if d.refuseCommits > 0 {
+		d.refuseCommits--
+		return []wire.Message{&wire.Error{Code: wire.CodeIncomplete, Text: "not yet"}}, nil
+	}
 	c := d.pageMap.Counts()
 	if have := d.layout.Pages() - c.Absent; have != m.Pages || !d.pkgWhole {
 		return nil, fmt.Errorf("commit to %d pages, have %d, package %v", m.Pages, have, d.pkgWhole)
@@ -407,8 +413,9 @@ func (d *testDestination) storePages(c *wire.Conn, l *wire.Lane, f *wire.Frame) 
 		if fresh {
 			d.store[wire.PageRef{Index: desc.Index, Version: desc.Version}] = plain
 		}
-		d.granted += uint64(len(sealed))
-		if urgent {
+		if !urgent {
+			d.granted += uint64(len(sealed))
+		} else {
 			d.urgent++
 		}
 		if d.onStored != nil {

@@ -27,7 +27,7 @@ type outbox struct {
 	open    bool
 	queue   []wire.Message
 	pending []pages.Record
-	spare   []pages.Record // the sender's, while it sends
+	records wire.Records // the sender's, while it sends them
 	// busy means that the sender has a message that the journal does not have yet.
 	busy bool
 }
@@ -71,9 +71,9 @@ func (o *outbox) next() (m wire.Message, ok bool) {
 		return nil, false
 	}
 	n := min(len(o.pending), wire.MaxRecords)
-	o.spare = append(o.spare[:0], o.pending[:n]...)
+	o.records = append(o.records[:0], o.pending[:n]...)
 	o.pending = o.pending[:copy(o.pending, o.pending[n:])]
-	return wire.Records(o.spare), true
+	return &o.records, true
 }
 
 // empty tells whether the journal has everything that was told and posted.

@@ -205,7 +205,7 @@ func (e *Engine) setup(s *qemu.Setup) *wire.Setup {
 		Key: e.key, Strategy: e.cfg.Strategy.String(), Machine: s.Machine,
 		Config: slices.Clone(s.Config), Early: slices.Clone(s.Early),
 		Section: s.RAM.Section, Instance: s.RAM.Instance, Version: s.RAM.Version,
-		Blocks: e.layout.Blocks(),
+		Postcopy: s.Postcopy, Blocks: e.layout.Blocks(),
 	}
 	for _, h := range e.holders[1:] {
 		m.Holders = append(m.Holders, wire.Holder{
