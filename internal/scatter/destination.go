@@ -98,7 +98,7 @@ func (e *Engine) serveDestination(c *wire.Conn, applied uint64) {
 func (e *Engine) runDestination(c *wire.Conn, applied uint64) error {
 	e.mu.Lock()
 	h := e.holders[0]
-	h.attach(c, 0)
+	h.attach(c, 0, 0)
 	e.mu.Unlock()
 	l := &link{e: e, h: h, c: c}
 	var scratch []pages.Index

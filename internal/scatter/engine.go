@@ -54,17 +54,19 @@ type Engine struct {
 	ledger   *pages.Ledger
 	safe     *pages.Bitmap // newest version acknowledged, and told where needed
 	wanted   *pages.Bitmap // wanted at the destination and still at QEMU
-	holders  []*holder     // 0 is the destination
-	leftOut  []Leg
-	looks    []candidate
-	pool     flights
-	backlog  line
-	waiting  int // pages in backlog
-	urgent   urgentLane
-	out      outbox
-	counts   PageCounts
-	result   Result
-	pings    []uint32 // of the package, answered when it is loaded
+	// sought are wanted pages that are looked for among the flights; empty else.
+	sought  map[pages.Index]struct{}
+	holders []*holder // 0 is the destination
+	leftOut []Leg
+	looks   []candidate
+	pool    flights
+	backlog line
+	waiting int // pages in backlog
+	urgent  urgentLane
+	out     outbox
+	counts  PageCounts
+	result  Result
+	pings   []uint32 // of the package, answered when it is loaded
 
 	subMu     sync.Mutex
 	subs      map[chan Progress]struct{}
@@ -97,7 +99,7 @@ func New(cfg Config) (*Engine, error) {
 	e := &Engine{
 		cfg: cfg, log: cfg.Log, key: wire.NewKey(), journal: wire.NewJournal(),
 		barrier: multifd.NewBarrier(cfg.MultifdChannels),
-		since:   time.Now(), subs: map[chan Progress]struct{}{},
+		since:   time.Now(), subs: map[chan Progress]struct{}{}, sought: map[pages.Index]struct{}{},
 	}
 	e.sealer = wire.NewSealer(e.key)
 	e.changed, e.room, e.outWake = sync.NewCond(&e.mu), sync.NewCond(&e.mu), sync.NewCond(&e.mu)

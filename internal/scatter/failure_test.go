@@ -201,6 +201,23 @@ func TestIntermediaryLostAfterTheSwitch(t *testing.T) {
 	}
 }
 
+// An intermediary that comes back after the switch is used again.
+func TestIntermediaryThatComesBackAfterTheSwitch(t *testing.T) {
+	r := newRun(t, 1500)
+	r.lend(10000)
+	r.dst.credit = 0
+	r.lenders[0].onFrame = func(n int, c *wire.Conn) {
+		if n%40 == 39 && r.handed() {
+			c.Close()
+		}
+	}
+	r.do()
+	r.succeeded()
+	if r.result.Pages.Replaced == 0 {
+		t.Error("nothing was placed again: the test tests nothing")
+	}
+}
+
 // After the hand-over the stream of the source is never closed: the engine stalls until
 // it is told to stop.
 func TestSourceThatBreaksAfterTheSwitch(t *testing.T) {

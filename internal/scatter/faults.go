@@ -93,74 +93,87 @@ func (e *Engine) catchWanted(f *flight) {
 }
 
 // want serves pages that the destination's guest waits for. Where a page is decides:
-// safe pages are at the destination or their record is on its way there; a page under
-// way is sent again on the urgent lane; a page in an open batch is caught when the
-// batch is placed; any other is asked of QEMU, in whole host pages.
+// safe pages are at the destination or their record is on its way there; one that QEMU
+// has not sent is asked of it, in whole host pages; of one that is under way a copy is
+// sent on the urgent lane; one in an open batch is caught when the batch is placed.
 func (e *Engine) want(list []pages.Index) error {
-	var units []pages.Index
 	e.mu.Lock()
+	units, err := e.sortWanted(list)
+	if err == nil {
+		e.repeatWanted()
+	}
+	e.room.Broadcast() // the backlog may be longer now
+	e.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := e.source.request(e.layout, units); err != nil {
+		// The reader of the stream learns of it, too, and it is his to act.
+		e.log.Error(err, "Asking the source QEMU for pages")
+	}
+	return nil
+}
+
+// sortWanted marks the pages that are not safe as wanted. It returns the host pages to
+// ask of QEMU, and leaves those that QEMU has sent in e.sought.
+func (e *Engine) sortWanted(list []pages.Index) (units []pages.Index, err error) {
 	for _, i := range list {
 		if uint64(i) >= e.layout.Pages() {
-			e.mu.Unlock()
-			return fmt.Errorf("%w: page %d of %d is wanted", wire.ErrProtocol, i, e.layout.Pages())
+			clear(e.sought)
+			return nil, fmt.Errorf("%w: page %d of %d is wanted", wire.ErrProtocol, i, e.layout.Pages())
 		}
 		if !e.handed || e.wanted.Test(i) || e.safe.Test(i) {
 			continue
 		}
 		e.counts.Wanted++
-		if f, p, ok := e.underWay(i); ok {
-			if f != nil {
-				e.repeat(f, p)
-			}
+		e.wanted.Set(i)
+		if next, ok := e.ledger.NextUnsent(i); !ok || next != i {
+			e.sought[i] = struct{}{}
 			continue
 		}
-		e.wanted.Set(i)
-		if unsent, ok := e.ledger.NextUnsent(i); ok && unsent == i && !e.drained {
-			e.counts.Fetched++
-			unit, _ := e.layout.Unit(i)
-			if n := len(units); n == 0 || units[n-1] != unit {
-				units = append(units, unit)
-			}
+		if e.drained {
+			continue
+		}
+		e.counts.Fetched++
+		unit, _ := e.layout.Unit(i)
+		if n := len(units); n == 0 || units[n-1] != unit {
+			units = append(units, unit)
 		}
 	}
-	e.room.Broadcast() // the backlog may be longer now
-	e.mu.Unlock()
-	return e.source.request(e.layout, units)
+	return units, nil
 }
 
-// underWay looks for the newest version of a page among all flights. The flight is nil
-// when the urgent lane has it already. The caller holds e.mu.
-func (e *Engine) underWay(i pages.Index) (f *flight, p pageRef, ok bool) {
-	if _, _, ok = e.search(i, e.urgent.queue.all(), e.urgent.lane.flights); ok {
-		return nil, p, true
-	}
-	if f, p, ok = e.search(i, e.backlog.all()); ok {
-		return f, p, true
-	}
+// repeatWanted looks for the pages of e.sought in all flights, and sends a copy of those
+// that are there. The urgent lane comes first: what it has needs no copy.
+func (e *Engine) repeatWanted() {
+	e.searchWanted(e.urgent.queue.all(), true)
+	e.searchWanted(e.urgent.lane.flights, true)
+	e.searchWanted(e.backlog.all(), false)
 	for _, h := range e.holders {
-		if f, p, ok = e.search(i, h.queue.all()); ok {
-			return f, p, true
-		}
+		e.searchWanted(h.queue.all(), false)
 		for l := range h.lanes {
-			if f, p, ok = e.search(i, h.lanes[l].flights); ok {
-				return f, p, true
-			}
+			e.searchWanted(h.lanes[l].flights, false)
 		}
 	}
-	return nil, p, false
+	clear(e.sought)
 }
 
-func (e *Engine) search(i pages.Index, lists ...[]*flight) (*flight, pageRef, bool) {
-	for _, list := range lists {
-		for _, f := range list {
-			for _, p := range f.pages() {
-				if p.index == i && e.ledger.Current(i, p.version) {
-					return f, p, true
-				}
+func (e *Engine) searchWanted(list []*flight, urgent bool) {
+	for _, f := range list {
+		if len(e.sought) == 0 {
+			return
+		}
+		for _, p := range f.pages() {
+			if _, ok := e.sought[p.index]; !ok || !e.ledger.Current(p.index, p.version) {
+				continue
+			}
+			delete(e.sought, p.index)
+			e.wanted.Clear(p.index)
+			if !urgent {
+				e.repeat(f, p)
 			}
 		}
 	}
-	return nil, pageRef{}, false
 }
 
 // answerUrgent takes the answer to a batch of the urgent lane, or a Want.

@@ -209,6 +209,9 @@ func (e *Engine) landed(f *flight, by pages.Holder) {
 // batch and its acknowledgement cost a dozen system calls on the way, and with smaller
 // ones the processors are busy before the links.
 func (e *Engine) batchPages() int {
+	if e.phase < Precopy {
+		return wire.MaxBatch // nothing is on the way, and little memory shall hold much
+	}
 	var total float64
 	for _, h := range e.holders {
 		total += h.window.Rate()

@@ -60,11 +60,11 @@ func newHolder(peer Peer, value pages.Holder, target time.Duration, mu sync.Lock
 }
 
 // attach begins a connection with nothing under way.
-func (h *holder) attach(c *wire.Conn, granted uint64) {
+func (h *holder) attach(c *wire.Conn, granted, used uint64) {
 	h.conn, h.reason = c, ""
 	h.window = flow.NewWindow(h.cfg)
 	h.lanes = make([]laneState, c.Lanes())
-	h.granted, h.used = granted, 0
+	h.granted, h.used = granted, used
 }
 
 // detach ends the connection and returns what was not acknowledged, oldest first. No
@@ -75,6 +75,9 @@ func (h *holder) detach(why error) []*flight {
 		lost = append(lost, h.lanes[i].flights...)
 	}
 	lost = append(lost, h.queue.empty()...)
+	for _, f := range lost {
+		h.used -= min(h.used, uint64(f.sealed))
+	}
 	h.conn, h.reason, h.lanes = nil, why.Error(), nil
 	return lost
 }

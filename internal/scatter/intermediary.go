@@ -101,31 +101,66 @@ func (e *Engine) join(r reserved) {
 	}
 	h := newHolder(r.peer, value, e.cfg.IntermediaryTarget, &e.mu)
 	h.session = r.got.Session
-	h.attach(r.conn, r.got.Bytes)
+	h.attach(r.conn, r.got.Bytes, 0)
 	e.holders = append(e.holders, h)
 	e.wg.Go(func() { e.serveIntermediary(h, r.conn) })
 }
 
-// serveIntermediary runs an intermediary's connection. When it is lost, what it did
+// serveIntermediary runs an intermediary's connections. When one is lost, what it did
 // not acknowledge is placed elsewhere. Pages that it did acknowledge stay there: before
 // the hand-over that ends the migration, because the guest is safer where it is; after
-// it the destination reads them when the intermediary is back.
+// it they are there when the intermediary is back.
 func (e *Engine) serveIntermediary(h *holder, c *wire.Conn) {
+	for c != nil {
+		trusted, err := e.runIntermediary(h, c)
+		if e.ctx.Err() != nil || !trusted ||
+			!e.survives(fmt.Errorf("intermediary %s was lost with pages of a guest that still runs here: %w", h.peer.Name, err)) {
+			return
+		}
+		c = e.reattach(h)
+	}
+}
+
+// runIntermediary serves one connection until it ends, and tells whether the
+// intermediary has acknowledged any page.
+func (e *Engine) runIntermediary(h *holder, c *wire.Conn) (trusted bool, err error) {
 	l := &link{e: e, h: h, c: c}
-	err := l.run(func() error {
+	err = l.run(func() error {
 		return l.receive(c.Control(), func(f *wire.Frame) error { return e.fromIntermediary(h, f) })
 	})
 	e.mu.Lock()
-	trusted := h.stored
+	defer e.mu.Unlock()
 	lost := h.detach(err)
 	if e.ctx.Err() == nil {
 		e.log.Info("An intermediary was lost", "intermediary", h.peer.Name, "reason", err.Error(), "replaced", len(lost))
 	}
 	e.replace(lost)
 	e.changed.Broadcast()
-	e.mu.Unlock()
-	if e.ctx.Err() == nil && trusted {
-		e.survives(fmt.Errorf("intermediary %s was lost with pages of a guest that still runs here: %w", h.peer.Name, err))
+	return h.stored, err
+}
+
+// reattach connects to an intermediary again until it succeeds or the engine stops. It
+// returns nil when the pages are gone, which this node can do nothing about.
+func (e *Engine) reattach(h *holder) *wire.Conn {
+	for pause := redialFirst; ; pause = min(2*pause, redialMost) {
+		r := e.reserve(h.peer)
+		switch {
+		case r.err == nil && r.got.Session != h.session:
+			r.conn.Close()
+			e.log.Error(errors.New("its session is another one"), "An intermediary has lost the pages that it had acknowledged",
+				"intermediary", h.peer.Name)
+			return nil
+		case r.err == nil:
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			h.attach(r.conn, r.got.Bytes, h.used)
+			e.drain(time.Now())
+			e.room.Broadcast()
+			return r.conn
+		}
+		if e.pause(pause) != nil {
+			return nil
+		}
 	}
 }
 
