@@ -72,6 +72,7 @@ type Engine struct {
 	holders    []*holder
 	shared     *flow.Window // of all holders together
 	backlog    int          // Reads that are under way or wait for the writer
+	near       int          // pages that faults let prepaging fetch: see nearPages
 	dissolving bool
 	spare      []*reply
 
@@ -252,17 +253,20 @@ func (e *Engine) Cancel() error {
 
 // gather goes through the stages.
 func (e *Engine) gather(ctx context.Context) error {
+	c := e.startHolders(ctx)
+	defer c.stop()
 	start := e.begin
 	if e.reopened {
 		start = e.resume
 	}
 	f, err := start(ctx)
-	if err != nil && !errors.Is(err, ErrCompleted) {
-		return err
-	}
-	c := e.startHolders(ctx)
-	defer c.stop()
 	for !errors.Is(err, ErrCompleted) {
+		if errors.Is(err, ErrNotResumable) {
+			c.dissolve() // nobody will ever ask for these pages
+		}
+		if err != nil {
+			return err
+		}
 		if err = e.pump(ctx, f); err == nil {
 			break
 		}
@@ -273,12 +277,6 @@ func (e *Engine) gather(ctx context.Context) error {
 			return err
 		}
 		f, err = e.recover(ctx, err)
-		if errors.Is(err, ErrNotResumable) {
-			c.dissolve() // nobody will ever ask for these pages
-		}
-		if err != nil && !errors.Is(err, ErrCompleted) {
-			return err
-		}
 	}
 	c.dissolve()
 	e.farewell(ctx)

@@ -235,7 +235,8 @@ func (f *feed) message(m *qemu.RPMessage) (over bool, err error) {
 			return false, fmt.Errorf("it asked for pages before it had the device state")
 		}
 		e.stats.requests++
-		if e.book.fault(m.Block, m.Start, m.Length, time.Now()) > 0 {
+		if n := e.book.fault(m.Block, m.Start, m.Length, time.Now()); n > 0 {
+			e.near = min(e.near+n*nearPages, nearMost)
 			e.wakeAll()
 		}
 		return false, nil

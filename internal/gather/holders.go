@@ -40,7 +40,9 @@ type holder struct {
 type link struct {
 	h    *holder
 	conn *wire.Conn
-	// Guarded by Engine.mu:
+	// attached is closed when the intermediary gives out pages.
+	attached chan struct{}
+	// Guarded by Engine.mu, seq only once attached:
 	seq         uint64
 	reads       map[uint64]*reply // unanswered
 	urgentReads int               // of these
@@ -89,8 +91,8 @@ type clients struct {
 	started int // holders that have a goroutine
 }
 
-// startHolders attaches to the intermediaries. It is done only when the device state
-// is in QEMU, because until then the source may have to dissolve what they hold.
+// startHolders connects to the intermediaries as soon as they are known, so that no
+// handshake is left to do when the guest waits for its first page.
 func (e *Engine) startHolders(ctx context.Context) *clients {
 	c := &clients{e: e}
 	c.ctx, c.cancel = context.WithCancel(ctx)
@@ -184,7 +186,7 @@ func (h *holder) over(err error) bool {
 	return h.dissolved
 }
 
-// connect attaches and serves the connection until it ends.
+// connect dials and serves the connection until it ends.
 func (h *holder) connect(ctx context.Context) error {
 	conn, err := wire.Dial(ctx, h.e.cfg.Wire, h.info.Addr, h.info.Identity, wire.DestinationToIntermediary, h.e.cfg.Migration)
 	if err != nil {
@@ -193,28 +195,36 @@ func (h *holder) connect(ctx context.Context) error {
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	if err := conn.Control().Send(1, &wire.Attach{Session: h.info.Session}); err != nil {
-		return fmt.Errorf("attaching: %w", err)
-	}
-	var f wire.Frame
-	if err := conn.Control().Receive(&f); err != nil {
-		return fmt.Errorf("attaching: %w", err)
-	}
-	switch f.Type {
-	case wire.TypeAttached:
-		if _, err := wire.ParseAttached(f.Body); err != nil {
-			return fmt.Errorf("attaching: %w", err)
-		}
-	case wire.TypeError:
-		return fmt.Errorf("it does not have the pages: %w", peerError(f.Body))
-	default:
-		return fmt.Errorf("attaching: %w: frame of type %d", wire.ErrProtocol, f.Type)
-	}
-	l := &link{h: h, conn: conn, reads: make(map[uint64]*reply), seq: 1}
-	h.up(l)
+	l := &link{h: h, conn: conn, reads: make(map[uint64]*reply), attached: make(chan struct{})}
 	err = l.run(ctx)
 	h.down(l)
 	return err
+}
+
+// attach waits for the device state and then for the pages. Not before that: until then
+// it is for the source to dissolve what the intermediary holds, and an intermediary to
+// which a destination has attached takes that from nobody else.
+func (l *link) attach(ctx context.Context) error {
+	if err := wait(ctx, l.h.e.packaged); err != nil {
+		return err
+	}
+	l.seq++
+	if err := l.conn.Control().Send(l.seq, &wire.Attach{Session: l.h.info.Session}); err != nil {
+		return fmt.Errorf("attaching: %w", err)
+	}
+	return wait(ctx, l.attached)
+}
+
+// onAttached notes that the intermediary has the pages and gives them out.
+func (l *link) onAttached(f *wire.Frame) error {
+	if _, err := wire.ParseAttached(f.Body); err != nil {
+		return fmt.Errorf("attaching: %w", err)
+	}
+	if l.h.up(l) {
+		close(l.attached)
+		return nil
+	}
+	return fmt.Errorf("%w: attached twice", wire.ErrProtocol)
 }
 
 func peerError(body []byte) error {
@@ -225,13 +235,17 @@ func peerError(body []byte) error {
 	return e
 }
 
-func (h *holder) up(l *link) {
+// up lets Reads be sent; it returns false if they may be already.
+func (h *holder) up(l *link) bool {
 	e := h.e
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if h.link == l {
+		return false
+	}
 	h.link, h.everUp = l, true
 	e.unstall(h.stallKey())
-	h.wake.raise()
+	return true
 }
 
 // down gives the pages that were asked for back to the book.
@@ -284,6 +298,10 @@ func (l *link) control(ctx context.Context) error {
 			return err
 		}
 		switch f.Type {
+		case wire.TypeAttached:
+			if err := l.onAttached(&f); err != nil {
+				return err
+			}
 		case wire.TypeDissolved:
 			l.h.e.mu.Lock()
 			l.h.dissolved = true

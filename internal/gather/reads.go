@@ -38,6 +38,9 @@ const (
 // send sends Reads and what the intermediary may forget, whenever there is something.
 // Reads are small, so that they never wait for room in a socket.
 func (l *link) send(ctx context.Context) error {
+	if err := l.attach(ctx); err != nil {
+		return err
+	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -99,10 +102,14 @@ func (l *link) next(now time.Time) (lane *wire.Lane, seq uint64, m wire.Message)
 // holds e.mu.
 func (l *link) prepage(now time.Time) *reply {
 	h, e := l.h, l.h.e
-	if e.backlog >= maxReads || !e.mayPrepage(now) || e.book.shelves[h.k].ready.Count() == 0 {
+	if e.backlog >= maxReads || e.book.shelves[h.k].ready.Count() == 0 {
 		return nil
 	}
 	n := min(max(int(e.shared.Rate()*readTime.Seconds())/wire.MaxSealed, minRead), wire.MaxBatch)
+	free := e.mayPrepage(now)
+	if !free && (e.near < minRead || !e.pumping) {
+		return nil
+	}
 	// Both windows have room for more than minRead when nothing is under way.
 	if n = min(n, min(e.shared.Room(), h.window.Room())/wire.MaxSealed); n < minRead {
 		return nil
@@ -113,12 +120,23 @@ func (l *link) prepage(now time.Time) *reply {
 		e.release(r)
 		return nil
 	}
+	if !free {
+		e.near -= min(e.near, len(r.refs))
+	}
 	e.backlog++
 	r.bytes = len(r.refs) * wire.MaxSealed
 	h.window.Sent(r.bytes, now)
 	e.shared.Sent(r.bytes, now)
 	return r
 }
+
+// nearPages is how many pages each fault lets prepaging fetch even while the source
+// sends pages directly, and nearMost how many may be saved up. The order takes them from
+// around the last faults, where the guest is likely to go next.
+const (
+	nearPages = 8
+	nearMost  = 64
+)
 
 // mayPrepage tells whether prepaging may use the destination's link. As long as the
 // source sends pages directly, the link is theirs: that is what frees the source.
