@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/binary"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -87,7 +88,7 @@ func sink(c net.Conn) {
 }
 
 // benchBed opens a migration of that many pages into a sink.
-func benchBed(b *testing.B, holders int, n uint64) *bed {
+func benchBed(b testing.TB, holders int, n uint64) *bed {
 	b.Helper()
 	bd := newBed(b, holders, pages.Block{Name: "ram", Length: n * pages.Size, PageSize: pages.Size})
 	path := filepath.Join(b.TempDir(), "sink")
@@ -108,7 +109,12 @@ func benchBed(b *testing.B, holders int, n uint64) *bed {
 		go sink(s)
 		return c, nil
 	}
-	bd.cfg.StateDir = filepath.Join("/dev/shm", filepath.Base(bd.dir)+filepath.Base(b.TempDir()))
+	dir, err := os.MkdirTemp("/dev/shm", "sg-gather-test-") //nolint:usetesting // t.TempDir is on a disk
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { os.RemoveAll(dir) })
+	bd.cfg.StateDir = filepath.Join(dir, "state")
 	bd.open()
 	return bd
 }
