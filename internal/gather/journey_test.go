@@ -285,7 +285,7 @@ func (j *journey) prepare(strategy scatter.Strategy, peers []scatter.Peer, store
 	j.scatter, err = scatter.New(scatter.Config{
 		Migration: j.bed.id, Strategy: strategy, Intermediaries: peers, Wire: j.bed.source, Log: j.bed.cfg.Log,
 		Destination: scatter.Peer{Name: "destination", Identity: "destination", Address: j.bed.ln.Addr().String()},
-		Accept:      func(context.Context) (net.Conn, error) { return theirs, nil },
+		Accept:      acceptOnce(theirs),
 		Switch: func(context.Context) error {
 			close(j.src.switchNow)
 			return nil
@@ -385,6 +385,20 @@ func (j *journey) check() {
 		}
 		if !bytes.Equal(b.q.mem[i*pages.Size:(i+1)*pages.Size], want) {
 			j.t.Fatalf("page %d is wrong: %x..., want %x...", i, b.q.mem[i*pages.Size:][:24], want[:24])
+		}
+	}
+}
+
+// acceptOnce gives out one connection of the source QEMU; another one never comes.
+func acceptOnce(c net.Conn) scatter.Acceptor {
+	conns := make(chan net.Conn, 1)
+	conns <- c
+	return func(ctx context.Context) (net.Conn, error) {
+		select {
+		case c := <-conns:
+			return c, nil
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
 	}
 }

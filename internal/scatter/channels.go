@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"scattergather.io/scattergather/internal/pages"
+	"scattergather.io/scattergather/internal/qemu"
 	"scattergather.io/scattergather/internal/qemu/multifd"
 )
 
@@ -29,7 +30,11 @@ func (e *Engine) accept() (*source, error) {
 // socket: those that come earlier are read at once, the others by a goroutine.
 func (e *Engine) acceptMain() (*source, error) {
 	if e.cfg.MultifdChannels == 0 {
-		return e.accept()
+		src, err := e.accept()
+		if err == nil {
+			e.wg.Go(e.refuseMore)
+		}
+		return src, err
 	}
 	for left := e.cfg.MultifdChannels; ; left-- {
 		src, channel, err := e.sniff()
@@ -63,6 +68,32 @@ func (e *Engine) acceptChannels(left int) {
 		}
 		e.wg.Go(func() { e.readChannel(src) })
 	}
+	e.refuseMore()
+}
+
+// refuseMore waits for a connection too many. Pages that QEMU sends there would be
+// missed, and taken for pages that it never sent. A stock QEMU opens it before it sends
+// the device state, so that the migration still fails in time; later the connection is
+// kept open, for closing it would break the stream.
+func (e *Engine) refuseMore() {
+	c, err := e.cfg.Accept(e.ctx)
+	if err != nil {
+		return // the engine or the listener ended
+	}
+	err = fmt.Errorf("the source QEMU opened more connections than expected; turn the capabilities postcopy-preempt and multifd off, or say how many multifd channels there are: %w",
+		qemu.ErrUnsupported)
+	e.mu.Lock()
+	handed := e.handed
+	if handed {
+		e.surplus = err
+	}
+	e.mu.Unlock()
+	if handed {
+		e.stall(err.Error())
+		return
+	}
+	e.fail(err)
+	_ = c.Close() // nothing was read or written
 }
 
 // sniff takes a connection and looks at its first bytes, which tell a multifd channel

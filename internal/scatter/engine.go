@@ -42,6 +42,7 @@ type Engine struct {
 	since   time.Time
 	stalled string
 	failure error // ends the engine
+	surplus error // a connection of QEMU that nobody reads has pages
 	// refusals counts how often the destination refused to commit.
 	refusals int
 	// ready, loaded, committed: what the destination said. handed: the device state

@@ -57,6 +57,18 @@ func newRunOn(bed *testbed, n int, seed uint64) *run {
 	return r
 }
 
+// acceptFrom is an Acceptor that gives out what the channel brings.
+func acceptFrom(conns <-chan net.Conn) Acceptor {
+	return func(ctx context.Context) (net.Conn, error) {
+		select {
+		case c := <-conns:
+			return c, nil
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
 // quiet gives testr the Helper that *rapid.T lacks.
 type quiet struct{ tb }
 
@@ -76,7 +88,9 @@ func (r *run) start() func(context.Context) {
 	for _, l := range r.lenders {
 		r.cfg.Intermediaries = append(r.cfg.Intermediaries, l.peer())
 	}
-	r.cfg.Accept = func(ctx context.Context) (net.Conn, error) { return conn, nil }
+	conns := make(chan net.Conn, 1)
+	conns <- conn
+	r.cfg.Accept = acceptFrom(conns)
 	if r.cfg.Switch == nil {
 		r.cfg.Switch = func(context.Context) error { close(r.src.switched); return nil }
 	}

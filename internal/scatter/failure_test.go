@@ -5,6 +5,7 @@ package scatter
 import (
 	"context"
 	"errors"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -285,6 +286,28 @@ func TestDestinationLostAfterTheSwitch(t *testing.T) {
 			t.Errorf("%d reconnects", r.result.Reconnects)
 		}
 	}
+}
+
+// A connection that nobody expects, such as that of postcopy-preempt, has pages that
+// would be missed.
+func TestSourceThatOpensAConnectionTooMany(t *testing.T) {
+	r := newRun(t, 300)
+	run := r.start()
+	accept, conns := r.engine.cfg.Accept, make(chan net.Conn, 2)
+	first, err := accept(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	keep := r.src.conn
+	conns <- first
+	conns <- r.src.connect(t)
+	defer r.src.conn.Close()
+	r.src.conn = keep
+	r.src.dirty = dirtier(r.src, 10)
+	r.engine.cfg.Accept = acceptFrom(conns)
+	r.engine.cfg.Switch = func(context.Context) error { return nil } // it never comes to it
+	run(context.Background())
+	r.rolledBack("postcopy-preempt")
 }
 
 // A destination that cannot commit yet is asked again.

@@ -211,14 +211,7 @@ func (r *run) doMultifd(channels int, early bool, change func(*multifdSource)) {
 		conns <- main
 	}
 	r.src.conn = keep
-	r.engine.cfg.Accept = func(ctx context.Context) (net.Conn, error) {
-		select {
-		case c := <-conns:
-			return c, nil
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
+	r.engine.cfg.Accept = acceptFrom(conns)
 	change(src)
 	r.play = src.run
 	start(context.Background())

@@ -148,6 +148,10 @@ const unsentStep = 1 << 16
 func (e *Engine) finishUnsent() error {
 	for at := pages.Index(0); ; {
 		e.mu.Lock()
+		if e.surplus != nil {
+			e.mu.Unlock()
+			return e.surplus
+		}
 		for range unsentStep {
 			i, ok := e.ledger.NextUnsent(at)
 			if !ok {
