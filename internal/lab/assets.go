@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 )
 
 // module is the path of the module that the guest's source belongs to.
@@ -116,7 +117,10 @@ func initramfs(ctx context.Context, cache string) (string, error) {
 	}
 	old, _ := filepath.Glob(filepath.Join(cache, "initramfs-*.cpio"))
 	for _, path := range old {
-		_ = os.Remove(path)
+		// A run of another build of this project may be using a younger one.
+		if info, err := os.Stat(path); err == nil && time.Since(info.ModTime()) > 24*time.Hour {
+			_ = os.Remove(path)
+		}
 	}
 	return path, writeInitramfs(path, init)
 }
