@@ -67,14 +67,18 @@ func (d *testDestination) serve(c *wire.Conn) {
 	d.mu.Lock()
 	d.conn, d.granted = c, d.credit
 	resume := &wire.Resume{Known: d.setup != nil, Applied: d.applied}
+	loaded, committed := d.pkgWhole, d.committed
 	d.mu.Unlock()
 	if err := c.Control().Send(0, resume); err != nil {
 		return
 	}
 	if resume.Known {
 		_ = c.Control().Send(0, &wire.Credit{Bytes: d.credit})
-		if d.pkgWhole {
+		if loaded {
 			_ = c.Control().Send(0, wire.Loaded{})
+		}
+		if committed {
+			_ = c.Control().Send(0, &wire.Committed{Pages: d.layout.Pages()})
 		}
 	}
 	err := everyLane(c, func(l *wire.Lane, f *wire.Frame) error {
