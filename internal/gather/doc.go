@@ -9,8 +9,9 @@
 //
 //  1. source.go takes the source's connections. Its control lane brings the VM's
 //     description, page map records, the device state and the commit (control.go);
-//     its other lanes bring pages, which direct.go opens and puts into the store, a
-//     sparse file (store.go).
+//     its other lanes bring pages (direct.go). While QEMU keeps up, these go straight
+//     into its stream (parcel.go), else into the store, a sparse file (store.go). A page
+//     is acknowledged when one of the two has it for good.
 //  2. book.go knows where each page is. It is told of records, stored pages, faults and
 //     answers, and decides what is read and written next: faults.go what is done for a
 //     page that a guest waits for, choose.go what QEMU is given next, units.go when a
